@@ -1,0 +1,69 @@
+"""Host memory that holds the experts of one layer, one contiguous record per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertStore:
+    """The experts of one layer: record e holds expert e's weights in the layout's format.
+
+    Fill it through the views of `weights`; afterwards it is read by any number of threads and never written.
+
+    Args:
+        spec: the mathematics of the layer's experts.
+        layout: the byte layout of a record.
+        num_experts: E.
+        records: uint8 [E, layout.nbytes], contiguous, on the CPU, aligned to `RECORD_ALIGNMENT` bytes.
+    """
+
+    spec: ExpertSpec
+    layout: RecordLayout
+    num_experts: int
+    records: torch.Tensor
+
+    def __post_init__(self) -> None:
+        records, shape = self.records, (self.num_experts, self.layout.nbytes)
+        if records.dtype != torch.uint8 or tuple(records.shape) != shape or not records.is_contiguous():
+            raise ValueError(
+                f"expert records must be contiguous uint8 {list(shape)}, but are {records.dtype} {list(records.shape)}"
+            )
+        if records.device.type != "cpu" or records.data_ptr() % RECORD_ALIGNMENT:
+            raise ValueError(
+                f"expert records must lie in host memory at a multiple of {RECORD_ALIGNMENT} bytes, but are on "
+                f"{records.device} at {records.data_ptr():#x}; allocate them with ExpertStore.empty"
+            )
+
+    @classmethod
+    def empty(cls, spec: ExpertSpec, layout: RecordLayout, num_experts: int) -> ExpertStore:
+        """Allocate the records of `num_experts` experts, unfilled.
+
+        Raises:
+            MemoryError: the host cannot give that much memory.
+        """
+        if num_experts < 1:
+            raise ValueError(f"a layer needs at least one expert, not {num_experts}")
+        nbytes = num_experts * layout.nbytes
+        try:
+            buffer = torch.empty(nbytes + RECORD_ALIGNMENT, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"no host memory for {num_experts} experts of {layout.nbytes:,} bytes ({nbytes / 2**30:.2f} GiB in "
+                f"{layout.format}); choose a smaller expert_format or free memory"
+            ) from error
+        start = -buffer.data_ptr() % RECORD_ALIGNMENT
+        return cls(spec, layout, num_experts, buffer[start : start + nbytes].view(num_experts, layout.nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return self.num_experts * self.layout.nbytes
+
+    def weights(self, expert: int) -> ExpertWeights:
+        """Views of one expert's weights, to fill, read or restore; no copy is made."""
+        return self.layout.view(self.records[expert])
