@@ -1,0 +1,240 @@
+"""The GPU tier of a model: experts in slots of device memory, computed there, loaded and displaced meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moebius.gpu_cache.counters import Counters
+from moebius.gpu_cache.device import Device, Launch
+from moebius.gpu_cache.executor import make_executor
+from moebius.gpu_cache.policy import Reason, make_policy
+from moebius.gpu_cache.pool import Pool
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.routes import Routes
+
+
+class CachedLayer(NamedTuple):
+    """One layer's experts as the host stores them."""
+
+    spec: ExpertSpec
+    layout: RecordLayout
+    records: torch.Tensor  # uint8 [E, layout.nbytes], host, contiguous; must neither move nor change
+
+
+class ExpertCache:
+    """Experts of all layers in device slots under one byte budget.
+
+    One step of a layer is ``lookup``, then ``fetch`` and ``launch`` as the caller likes, then ``used``, ``admit`` and
+    ``finish``; ``prefetch`` may come at any time. Methods must be called by one thread at a time. A copy or a prefetch
+    that failed raises RuntimeError at the next call but `used`, `finish` and `close`; the cache stays usable.
+
+    Args:
+        device: from `open_device`; the cache closes it.
+        layers: all layers of the model that the cache serves, numbered in this order.
+        budget: bytes of device memory for slots.
+        policy: a name in `policy.POLICIES`.
+
+    Raises:
+        ValueError: the budget does not hold one record of each size, or the policy is unknown.
+    """
+
+    def __init__(self, device: Device, layers: Sequence[CachedLayer], budget: int, policy: str = "lru") -> None:
+        self._device, self._records = device, [layer.records for layer in layers]
+        self._groups = _by_record_size(layers)
+        self._policies = [make_policy(policy, [len(self._records[i]) for i in group]) for group in self._groups]
+        self.counters: Counters = Counters.zeros(len(layers))
+        self._home: dict[int, tuple[int, int]] = {  # of each layer: its pool, its number there
+            layer: (pool, local) for pool, group in enumerate(self._groups) for local, layer in enumerate(group)
+        }
+        self._pinned: dict[int, list[np.ndarray]] = {}
+        self._executors = [make_executor(layer.spec, layer.layout, device.torch_device) for layer in layers]
+        slots = self._divide(budget)
+        undo: list[Callable[[], None]] = []
+        self._give_back = weakref.finalize(self, _run_all, undo)  # also where nobody calls close
+        undo.append(device.close)
+        try:
+            self._pools = self._make_pools(slots)
+            for records in self._records:
+                if device.pin(records):
+                    undo.insert(1, partial(device.unpin, records))
+        except BaseException:
+            self._give_back()
+            raise
+
+    def lookup(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """Ready slot of each expert (int32 [A], distinct) or -1, int32 [A]; hits are pinned until ``finish(layer)``."""
+        pool, local = self._pool(layer)
+        pool.collect()
+        slots = pool.table.lookup(local, experts)
+        self._pin(layer, pool, slots)
+        return slots
+
+    def fetch(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """Upload experts (int32 [n], distinct) that this step computes on the device.
+
+        Returns:
+            Slots to hand to `launch`, which waits for the copies, int32 [n]; -1 where none can be had. Pinned as hits.
+        """
+        pool, local = self._pool(layer)
+        pool.collect()
+        slots = pool.table.occupied(local, experts)
+        missing = slots < 0
+        slots[missing] = pool.upload(local, experts[missing], Reason.DEMAND)
+        self._pin(layer, pool, slots)
+        return slots
+
+    def launch(self, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray) -> Launch:
+        """Start computing on the device.
+
+        Args:
+            x: [T, H] on the device, unchanged until the result is there.
+            routes: A experts, all with a slot.
+            slots: int32 [A] from `lookup` and `fetch` of this step.
+
+        Returns:
+            A launch whose ``result()`` is the weighted sum over `routes`, fp32 [T, H] on the device.
+        """
+        pool, local = self._pool(layer)
+        pool.collect()
+        assert (pool.table.occupied(local, routes.experts) == slots).all(), "slots are not those of the experts"
+        work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
+        launch = self._device.compute(work, pool.arrivals(slots))
+        pool.read_by(slots, launch)
+        return launch
+
+    def finish(self, layer: int) -> None:
+        """End the step that `lookup` began: its slots may be displaced, once the launches that read them have ended."""
+        pool, _ = self._pool(layer)
+        for slots in self._pinned.pop(layer, ()):
+            pool.table.unpin(slots)
+
+    def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
+        """Tell the policy: one step used `experts` (int32 [A], distinct), `hit` (bool [A]) were resident before it."""
+        pool, local = self._pool(layer)
+        pool.policy.used(local, experts, hit)
+
+    def admit(self, layer: int, experts: np.ndarray) -> int:
+        """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns the number of uploads begun."""
+        return self._offer(layer, experts, Reason.ADMIT)
+
+    def prefetch(self, layer: int, experts: np.ndarray) -> int:
+        """Offer experts (int32 [n], distinct, likeliest first) predicted for a coming layer, like `admit`.
+
+        Those that are resident or on their way cost nothing and do not count.
+        """
+        return self._offer(layer, experts, Reason.PREFETCH)
+
+    def drain(self) -> None:
+        """Wait until no copy is under way."""
+        for pool in self._pools:
+            pool.drain()
+
+    def resize(self, budget: int) -> None:
+        """Change the budget between steps. The cache starts empty; the policy keeps what it knows.
+
+        Raises:
+            ValueError: as for the constructor; nothing has changed.
+            RuntimeError: a step is under way, or the device has no room; the cache has its former budget then.
+        """
+        slots = self._divide(budget)
+        if self._pinned:
+            raise RuntimeError(
+                f"resize was called while layer {next(iter(self._pinned))} is computing; call it between"
+            )
+        former = [pool.table.slots for pool in self._pools]
+        self._drop_pools()
+        try:
+            self._pools = self._make_pools(slots)
+        except BaseException:
+            self._pools = self._make_pools(former)
+            raise
+
+    def close(self) -> None:
+        """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
+        self._give_back()
+        self._pools = []
+
+    @property
+    def slots(self) -> int:
+        """Slots in all pools."""
+        return sum(pool.table.slots for pool in self._pools)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, at most the budget."""
+        return sum(pool.table.slots * pool.nbytes for pool in self._pools)
+
+    @property
+    def resident(self) -> np.ndarray:
+        """Visible experts of each layer, int64 [L]."""
+        counts = np.zeros(len(self._records), np.int64)
+        for pool, group in zip(self._pools, self._groups, strict=False):
+            counts[group] = pool.resident()
+        return counts
+
+    def _pool(self, layer: int) -> tuple[Pool, int]:
+        if not self._pools:
+            raise RuntimeError("the expert cache is closed; patch the model again")
+        pool, local = self._home[layer]
+        return self._pools[pool], local
+
+    def _pin(self, layer: int, pool: Pool, slots: np.ndarray) -> None:
+        mine = slots[slots >= 0]
+        pool.claim(mine)
+        self._pinned.setdefault(layer, []).append(mine)
+
+    def _offer(self, layer: int, experts: np.ndarray, reason: Reason) -> int:
+        pool, local = self._pool(layer)
+        pool.collect()
+        return int((pool.upload(local, experts, reason) >= 0).sum())
+
+    def _divide(self, budget: int) -> list[int]:
+        sizes = [self._records[group[0]].shape[1] for group in self._groups]
+        experts = [sum(len(self._records[layer]) for layer in group) for group in self._groups]
+        return _divide_budget(budget, sizes, experts)
+
+    def _make_pools(self, slots: list[int]) -> list[Pool]:
+        return [
+            Pool(self._device, group, [self._records[i] for i in group], count, policy, self.counters)
+            for group, count, policy in zip(self._groups, slots, self._policies, strict=True)
+        ]
+
+    def _drop_pools(self) -> None:
+        for pool in self._pools:
+            pool.settle()
+            pool.empty()
+        self._pools = []  # their memory, before new memory is asked for
+
+
+def _by_record_size(layers: Sequence[CachedLayer]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        groups.setdefault(layer.records.shape[1], []).append(number)
+    return list(groups.values())
+
+
+def _divide_budget(budget: int, sizes: Sequence[int], experts: Sequence[int]) -> list[int]:
+    """Slots of each pool, whose records have `sizes` bytes: one at least, then in proportion to its experts' bytes."""
+    if budget < sum(sizes):
+        needed = " + ".join(str(size) for size in sizes)
+        raise ValueError(f"a GPU budget of {budget} bytes holds no expert of each size ({needed} bytes); give more")
+    total = sum(size * count for size, count in zip(sizes, experts, strict=True))
+    spare = budget - sum(sizes)
+    slots = [1 + min(count - 1, int(spare * count / total)) for count in experts]
+    left = budget - sum(size * count for size, count in zip(sizes, slots, strict=True))
+    for i, (size, count) in enumerate(zip(sizes, experts, strict=True)):  # the remainders of the division
+        extra = min(count - slots[i], left // size)
+        slots[i] += extra
+        left -= extra * size
+    return slots
+
+
+def _run_all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()

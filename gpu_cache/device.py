@@ -1,0 +1,126 @@
+"""What the cache needs from a device: memory for slots, copies beside the computation, launches that do not block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+class Completion(ABC):
+    """Something under way on a device."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether it has ended, well or not; does not block."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block the caller until it has ended; does not raise its error."""
+
+    @property
+    @abstractmethod
+    def error(self) -> BaseException | None:
+        """Why it failed, once it is done."""
+
+
+class Launch(ABC):
+    """A computation under way. Its `completion` may outlive it without holding the result."""
+
+    completion: Completion
+
+    @abstractmethod
+    def result(self) -> torch.Tensor:
+        """What was computed, fp32 [T, H] on the device, safe to use from the caller's current stream.
+
+        Raises:
+            Exception: whatever the computation raised.
+        """
+
+
+class Device(ABC):
+    """What differs between a GPU and its emulation.
+
+    Work on one device starts in the order it was handed over, apart from urgent copies, which may overtake others.
+    """
+
+    torch_device: torch.device
+
+    @abstractmethod
+    def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
+        """A pool of slots, uint8 [slots, nbytes], not initialised."""
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Completion:
+        """Start copying a host record (uint8 [nbytes]) into a slot (uint8 [nbytes]).
+
+        Args:
+            after: the last computation that reads the slot; the copy begins when it has ended.
+            urgent: somebody waits for it.
+        """
+
+    @abstractmethod
+    def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
+        """Start `work`, which returns a tensor on the device, when the copies `after` have ended."""
+
+    @abstractmethod
+    def pin(self, host: torch.Tensor) -> bool:
+        """Make a host tensor fit for asynchronous copies, in place; False where this is refused or means nothing."""
+
+    @abstractmethod
+    def unpin(self, host: torch.Tensor) -> None:
+        """Undo a successful `pin`."""
+
+    @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that could be allocated now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for running work, drop what is queued, give threads back. Idempotent; the device can be used again."""
+
+
+def open_device(name: str, emulated_link: float | None = None) -> Device:
+    """Open the device that holds the cache.
+
+    Args:
+        name: "cuda", "cuda:1" or another accelerator of torch; "emulated" for CPU tensors in its place.
+        emulated_link: speed of the emulated device's link in GB/s; None copies as fast as memory allows.
+
+    Raises:
+        ValueError: the name is not that of a device with a cache, or a link speed is given for a real one.
+        RuntimeError: there is no such device here.
+    """
+    if name == "emulated":
+        from moebius.gpu_cache.emulated import EmulatedDevice
+
+        return EmulatedDevice(emulated_link)
+    if emulated_link is not None:
+        raise ValueError(f"emulated_link={emulated_link} has no meaning on {name!r}; use it with device='emulated'")
+    from moebius.gpu_cache.accelerator import AcceleratorDevice
+
+    return AcceleratorDevice(_find(name))
+
+
+def _find(name: str) -> torch.device:
+    remedy = "use device='cpu', or device='emulated' to run the cache on CPU tensors"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is not a device of torch; {remedy}") from error
+    if device.type in ("cpu", "meta"):
+        raise ValueError(f"{name!r} has no memory of its own to cache experts in; {remedy}")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != device.type:
+        raise RuntimeError(f"{name!r} was asked for, but torch {torch.__version__} found {_describe(found)}; {remedy}")
+    count, index = torch.accelerator.device_count(), device.index
+    if index is None:
+        index = torch.accelerator.current_device_index()
+    if index >= count:
+        raise RuntimeError(f"{name!r} was asked for, but there are {count} {found.type} devices, numbered from 0")
+    return torch.device(device.type, index)
+
+
+def _describe(found: torch.device | None) -> str:
+    return "no accelerator (a CPU build of torch, or no driver)" if found is None else f"{found.type!r}"

@@ -1,0 +1,44 @@
+"""Which code computes a layer's experts on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
+from moebius.kernels.reference import moe_forward
+from moebius.kernels.routes import Routes
+
+# (pool uint8 [S, nbytes], x [T, H], routes, slots int32 [A]) -> fp32 [T, H]; slots[i] holds expert routes.experts[i]
+Executor = Callable[[torch.Tensor, torch.Tensor, Routes, np.ndarray], torch.Tensor]
+
+
+def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) -> Executor:
+    """Triton on an accelerator, torch on the emulated device (Triton there too under TRITON_INTERPRET=1).
+
+    Experts with torch code of their own (`Act.CUSTOM`, `post_norm`) run through torch everywhere.
+    """
+    own_code = spec.activation.kind == Act.CUSTOM or spec.post_norm is not None
+    if own_code or (device.type == "cpu" and not interpreted()):
+        return partial(run_reference, spec, layout)
+    from moebius.kernels.triton import experts  # needs triton, which an emulated run does not
+
+    return partial(experts.moe_forward, spec, layout)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_reference(
+    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, routes: Routes, slots: np.ndarray
+) -> torch.Tensor:
+    """The experts in plain torch on the device of x, fp32 throughout."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    moe_forward(spec, [layout.view(pool[int(slot)]) for slot in slots], x, routes, out)
+    return out
