@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
+
+import numpy as np
 import torch
 
+from moebius.cpu_experts.crew import make_crew
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.routes import Routes
+from moebius.kernels.experts import Act
+from moebius.kernels.numba.arguments import Layer, describe, prepare
+from moebius.kernels.routes import Routes, select
+
+# Tokens of one expert from which a library's GEMM on the expert's weights in fp32 is faster than our own kernels.
+GEMM_TOKENS = 64
+# Scratch memory that stays allocated between calls; longer prompts allocate theirs for the call alone.
+_KEPT_FLOATS = 1 << 24
 
 
 class CpuExecutor:
     """Computes the experts of any `ExpertStore`; safe to call from any number of threads.
+
+    Calls from several threads take turns, since each uses all processors. The worker threads start at the first call.
 
     Args:
         threads: number of threads that work on one call, the caller included.
@@ -20,7 +35,12 @@ class CpuExecutor:
         if threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, not {threads}")
         self.threads = threads
+        self._crew = make_crew(threads - 1)
+        self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
+        self._scratch = np.empty(0, np.float32)
         self._closed = False
+        self._turn = threading.Lock()
+        _executors.add(self)
 
     def run(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
         """Add the routed experts' weighted outputs for x to `out`.
@@ -29,12 +49,65 @@ class CpuExecutor:
             x: fp32, bf16 or fp16 [T, H], contiguous, in host memory.
             routes: pairs of tokens 0..T-1 and experts 0..E-1.
             out: fp32 [T, H], contiguous, in host memory.
+
+        Raises:
+            RuntimeError: the executor is closed.
+            TypeError, ValueError: arguments of another shape, type or place, or routes out of range.
         """
-        if self._closed:
-            raise RuntimeError("this CpuExecutor is closed; create another")
-        weights = [store.weights(int(expert)) for expert in routes.experts]
-        reference.moe_forward(store.spec, weights, x, routes, out)
+        with self._turn:
+            if self._closed:
+                raise RuntimeError("this CpuExecutor is closed; create another")
+            if _needs_torch(store):
+                self._run_torch(store, x, routes, out)
+                return
+            many = routes.counts >= GEMM_TOKENS
+            if many.any():
+                self._run_torch(store, x, select(routes, many), out)
+                routes = select(routes, ~many)
+            if len(routes.tokens):
+                self._run_kernels(store, x, routes, out)
+
+    def _run_kernels(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+        layer = self._layers.get(store)
+        if layer is None:
+            layer = self._layers[store] = describe(store.spec, store.layout, store.records)
+        job, scratch = prepare(layer, x, routes, out, self._allocate)
+        self._crew.run(layer.work.address, job.ctypes.data)
+        del scratch  # nobody reads it any more
+
+    def _run_torch(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+        with torch.inference_mode():
+            weights = (store.weights(int(expert)) for expert in routes.experts)
+            reference.moe_forward(store.spec, list(weights), x, routes, out)
+
+    def _allocate(self, count: int) -> np.ndarray:
+        if count > len(self._scratch):
+            scratch = np.empty(count, np.float32)
+            if count > _KEPT_FLOATS:
+                return scratch
+            self._scratch = scratch
+        return self._scratch
 
     def close(self) -> None:
-        """Give the threads back; harmless when repeated."""
-        self._closed = True
+        """Give the threads back; harmless when repeated. A call that is under way finishes first."""
+        with self._turn:
+            self._closed = True
+            self._crew.close()
+            self._scratch = np.empty(0, np.float32)
+
+
+def _needs_torch(store: ExpertStore) -> bool:
+    spec = store.spec
+    return spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
+
+
+_executors: weakref.WeakSet[CpuExecutor] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for executor in list(_executors):
+        executor._turn = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -9,7 +9,7 @@ import torch
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExpertStore:
     """The experts of one layer: record e holds expert e's weights in the layout's format.
 

@@ -1,0 +1,60 @@
+"""The activations of `moebius.kernels.experts.Act` on fp32 scalars, with torch's treatment of NaN and infinity."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from moebius.kernels.experts import Act
+from moebius.kernels.numba.jit import helper
+
+_ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
+_SQRT_HALF, _SQRT_2_OVER_PI = np.float32(math.sqrt(0.5)), np.float32(math.sqrt(2 / math.pi))
+_GELU_CUBIC = np.float32(0.044715)
+_SILU, _GELU_TANH, _GELU_ERF = int(Act.SILU), int(Act.GELU_TANH), int(Act.GELU_ERF)
+_RELU, _SOFTCAP_SILU = int(Act.RELU), int(Act.SOFTCAP_SILU)
+
+
+@helper
+def at_most(x, limit):  # type: ignore[no-untyped-def]
+    """min(x, limit), where NaN stays NaN."""
+    return limit if x > limit else x
+
+
+@helper
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    return _ONE / (_ONE + math.exp(-x))
+
+
+@helper
+def _softcap(x, limit):  # type: ignore[no-untyped-def]
+    return limit * math.tanh(x / limit)
+
+
+@helper
+def _function(kind, alpha, x):  # type: ignore[no-untyped-def]
+    if kind == _SILU:
+        return x * _sigmoid(alpha * x)
+    if kind == _GELU_TANH:
+        return _HALF * x * (_ONE + math.tanh(_SQRT_2_OVER_PI * (x + _GELU_CUBIC * x * x * x)))
+    if kind == _GELU_ERF:
+        return _HALF * x * (_ONE + math.erf(x * _SQRT_HALF))
+    positive = _ZERO if x < _ZERO else x
+    return positive if kind == _RELU else positive * positive
+
+
+@helper
+def first_factor(kind, alpha, gate_max, act_max, x):  # type: ignore[no-untyped-def]
+    """The factor that comes from the gate (from `up`, where there is no gate)."""
+    if kind == _SOFTCAP_SILU:
+        return _softcap(x, gate_max) * _sigmoid(alpha * x)
+    return at_most(_function(kind, alpha, at_most(x, gate_max)), act_max)
+
+
+@helper
+def second_factor(kind, up_max, up_shift, x):  # type: ignore[no-untyped-def]
+    """The factor that comes from `up`, beside a gate."""
+    if kind == _SOFTCAP_SILU:
+        return _softcap(x, up_max)
+    return -at_most(-at_most(x, up_max), up_max) + up_shift

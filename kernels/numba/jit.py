@@ -1,0 +1,113 @@
+"""The only two ways in which this package compiles: `helper` for callees, `entry` for what is called from outside.
+
+Decorating costs nothing and touches no disk. An entry is compiled, or loaded from disk, at its first use. Numba's own
+cache notices an edit of the cached function's file only, so the folder is keyed by a hash of *all* kernel sources, of
+the versions and of the instruction set; each entry has its own folder below it, since Numba's index of several
+signatures is not safe against two processes that write at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.registry import cpu_target
+
+logger = logging.getLogger(__name__)
+
+# Contraction into fma and no signed zeros, but never "no NaN" or "no infinity": those must behave as in torch. Sums
+# are not reassociated either: the order of a sum is written in the kernels and is the same on every thread.
+FASTMATH = {"contract", "nsz"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
+
+_compiling = threading.RLock()
+
+helper = numba.njit(**_OPTIONS)  # without a signature: compiled as a part of the entries that call it
+
+
+class Entry:
+    """One function with one signature, compiled at first use.
+
+    Args:
+        function: the Python function.
+        signature: Numba signature, such as ``"void(int64)"``.
+        callback: compile to a C function whose `address` other kernels can call, instead of a Python callable.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: str, callback: bool) -> None:
+        self.function, self.signature, self.callback = function, signature, callback
+
+    @cached_property
+    def compiled(self) -> Any:
+        with _compiling:
+            return self.__dict__.get("compiled") or self._compile()
+
+    def _compile(self) -> Any:
+        folder, previous = cache_folder(), config.CACHE_DIR
+        if folder is not None:
+            config.CACHE_DIR = str(folder / f"{self.function.__module__}.{self.function.__qualname__}")
+        try:
+            if self.callback:
+                options = {key: value for key, value in _OPTIONS.items() if key != "nogil"}
+                return numba.cfunc(self.signature, cache=folder is not None, **options)(self.function)
+            return numba.njit(self.signature, cache=folder is not None, **_OPTIONS)(self.function)
+        finally:
+            config.CACHE_DIR = previous
+
+    @cached_property
+    def address(self) -> int:
+        """Address of the compiled C function; only of callbacks."""
+        return int(self.compiled.address)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+
+def entry(signature: str, *, callback: bool = False) -> Callable[[Callable[..., Any]], Entry]:
+    """Decorate a function that is called from Python (or, as a `callback`, by its address from other kernels)."""
+    return lambda function: Entry(function, signature, callback)
+
+
+def source_key() -> str:
+    """Hash of everything that compiled code depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    codegen = cpu_target.target_context.codegen()
+    facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__)
+    digest.update(repr((facts, codegen.magic_tuple())).encode())
+    return digest.hexdigest()[:20]
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where compiled code is kept, or None where no folder is writable: then every process compiles in memory."""
+    folder = _cache_root() / "numba" / source_key()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        logger.warning(
+            "compiled CPU kernels cannot be kept in %s (%s): every process compiles them again, which takes some "
+            "seconds; set MOEBIUS_CACHE_DIR to a writable folder", folder, error
+        )  # fmt: skip
+        return None
+    return folder
+
+
+def _cache_root() -> Path:
+    chosen = os.environ.get("MOEBIUS_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebius"

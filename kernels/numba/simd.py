@@ -1,0 +1,156 @@
+"""Sixteen fp32 lanes as a Numba type, so that kernels read like their formula and LLVM never has to guess.
+
+The type is a generic LLVM vector: one register with AVX-512, two with AVX2, four on Arm. Everything here takes plain
+addresses (int64); the element type of memory is told by a witness, a scalar whose value is ignored: float32 for fp32,
+uint16 for bf16, int16 for fp16 (Numba has neither on the CPU, so they travel as their bits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models, register_default
+from numba.extending import intrinsic
+
+LANES = 16
+_I1, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _F16 = ir.FloatType(), ir.HalfType()
+_V32 = ir.VectorType(_F32, LANES)
+
+
+class F32x16(types.Type):
+    """Sixteen fp32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x16")
+
+
+f32x16 = F32x16()
+
+
+@register_default(F32x16)
+class _F32x16Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _V32)
+
+
+def _lanes(value: int | float, element: ir.Type) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, LANES), [value] * LANES)
+
+
+def _memory_type(witness: types.Type) -> ir.Type:
+    return {types.float32: _F32, types.uint16: _I16, types.int16: _F16}[witness]
+
+
+def _widen(builder: ir.IRBuilder, value: ir.Value, witness: types.Type) -> ir.Value:
+    """Sixteen stored elements to fp32, exactly."""
+    if witness == types.uint16:  # bf16 is the upper half of fp32
+        wide = builder.shl(builder.zext(value, ir.VectorType(_I32, LANES)), _lanes(16, _I32))
+        return builder.bitcast(wide, _V32)
+    return value if witness == types.float32 else builder.fpext(value, _V32)
+
+
+@intrinsic
+def load(typingctx, address, witness):  # type: ignore[no-untyped-def]
+    """Sixteen consecutive elements at `address`, as fp32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        memory = _memory_type(witness)
+        pointer = builder.inttoptr(args[0], ir.VectorType(memory, LANES).as_pointer())
+        return _widen(builder, builder.load(pointer, align=memory_size(memory)), witness)
+
+    return f32x16(types.int64, witness), codegen
+
+
+@intrinsic
+def load_first(typingctx, address, count, witness):  # type: ignore[no-untyped-def]
+    """The first `count` (1..15) elements at `address` as fp32, zeros in the other lanes; reads no byte beyond."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        memory = _memory_type(witness)
+        vector = ir.VectorType(memory, LANES)
+        pointer = builder.inttoptr(args[0], vector.as_pointer())
+        name = f"llvm.masked.load.v16{ {_F32: 'f32', _I16: 'i16', _F16: 'f16'}[memory] }.p0"
+        kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, LANES), vector])
+        masked = cgutils.get_or_insert_function(builder.module, kind, name)
+        mask = _first(builder, args[1])
+        loaded = builder.call(
+            masked, [pointer, ir.Constant(_I32, memory_size(memory)), mask, ir.Constant(vector, None)]
+        )
+        return _widen(builder, loaded, witness)
+
+    return f32x16(types.int64, types.int64, witness), codegen
+
+
+def _first(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    """Mask of the first `count` lanes."""
+    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+    single = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), builder.trunc(count, _I32), _I32(0))
+    return builder.icmp_signed("<", lanes, builder.shuffle_vector(single, single, _lanes(0, _I32)))
+
+
+def memory_size(element: ir.Type) -> int:
+    return 4 if element == _F32 else 2
+
+
+@intrinsic
+def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write sixteen fp32 numbers to `address`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], _V32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), codegen
+
+
+@intrinsic
+def zeros(typingctx):  # type: ignore[no-untyped-def]
+    """Sixteen zeros."""
+    return f32x16(), lambda context, builder, signature, args: _lanes(0.0, _F32)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c, fused where the processor can (llvm.fma would call a slow library function elsewhere)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_V32, [_V32] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32"), args)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def total(typingctx, value):  # type: ignore[no-untyped-def]
+    """Sum of the sixteen lanes, by halving: a fixed order."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            upper = ir.Constant(ir.VectorType(_I32, width), list(range(width, 2 * width)))
+            lower = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+            value = builder.fadd(
+                builder.shuffle_vector(value, value, lower), builder.shuffle_vector(value, value, upper)
+            )
+        return builder.extract_element(value, _I32(0))
+
+    return types.float32(f32x16), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at `address`, which need not be readable."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
