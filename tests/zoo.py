@@ -8,6 +8,7 @@ about 20 ms each. Nothing is downloaded.
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -293,9 +294,20 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int = 1) -> dict[str, Tensor]:
-    """Returns random ``input_ids`` [batch, length] int64, and ``decoder_input_ids`` [batch, 4] for encoder-decoders."""
+    """Random prompts for a forward of the model.
+
+    Returns:
+        ``input_ids`` [batch, length] int64; for encoder-decoders ``decoder_input_ids`` [batch, 4]; and where a model has
+        other experts for image tokens, a mask that calls the middle third of each prompt so.
+    """
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return dict(input_ids=ids) | (dict(decoder_input_ids=ids[:, :4]) if model.config.is_encoder_decoder else {})
+    given = dict(input_ids=ids)
+    if model.config.is_encoder_decoder:
+        given |= dict(decoder_input_ids=ids[:, :4])
+    if "moe_mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        position = torch.arange(length).expand(batch, -1)
+        given |= dict(moe_mm_token_type_ids=((position >= length // 3) & (position < 2 * length // 3)).int())
+    return given
 
 
 def _sizes(config_class: type[PreTrainedConfig], entry: Entry) -> dict[str, Any]:
