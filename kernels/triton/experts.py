@@ -1,0 +1,46 @@
+"""The experts of one layer step on an accelerator: the kernel that suits the number of tokens."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.routes import Routes
+from moebius.kernels.triton import prefill
+from moebius.kernels.triton.config import INTERPRETED
+from moebius.kernels.triton.decode import decode
+from moebius.kernels.triton.tables import pair_table, tile_table
+
+DECODE_TOKENS = 16  # up to here an expert seldom has more than a pair or two, and a tile of `prefill` is mostly padding
+
+# The interpreter keeps the running program's index in a global.
+_one_at_a_time: AbstractContextManager[object] = threading.Lock() if INTERPRETED else nullcontext()
+
+
+def moe_forward(
+    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, routes: Routes, slots: np.ndarray
+) -> torch.Tensor:
+    """Weighted sum of the routed experts, like `kernels.reference.moe_forward`.
+
+    Args:
+        pool: records on the device, uint8 [S, layout.nbytes].
+        x: [T, H] on the device, fp32, bf16 or fp16.
+        routes: A experts and their pairs.
+        slots: int32 [A], where each expert's record is.
+
+    Returns:
+        fp32 [T, H] on the device.
+    """
+    tokens = x.shape[0]
+    if len(routes.tokens) == 0:
+        return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    x, pairs = x.contiguous(), pair_table(routes, slots, tokens, x.device)
+    with _one_at_a_time:
+        if tokens <= DECODE_TOKENS:
+            return decode(spec, layout, pool, x, pairs)
+        tiles = tile_table(routes, slots, prefill.PAIRS, x.device)
+        return prefill.prefill(spec, layout, pool, x, pairs, tiles)
