@@ -297,8 +297,8 @@ def inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int =
     """Random prompts for a forward of the model.
 
     Returns:
-        ``input_ids`` [batch, length] int64; for encoder-decoders ``decoder_input_ids`` [batch, 4]; and where a model has
-        other experts for image tokens, a mask that calls the middle third of each prompt so.
+        ``input_ids`` [batch, length] int64; for encoder-decoders ``decoder_input_ids`` [batch, 4]; and where image
+        tokens have experts of their own, a mask that calls the middle third of each prompt so.
     """
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
     given = dict(input_ids=ids)
