@@ -1,0 +1,210 @@
+"""`moebius bench generate`: time to first token, decode speed and memory of whole models, stock and patched.
+
+One model is loaded and patched and unpatched in turn: every round visits every variant, so that a change of the
+machine's speed meets all of them. After each patch a few untimed tokens are generated (kernels compile, caches fill).
+All variants continue the same prompt greedily, and their tokens are compared with stock's.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import moebius
+
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "moebius": {"device": "auto"},
+    "cpu": {"device": "cpu"},
+    "emulated": {"device": "emulated"},
+    "cuda": {"device": "cuda"},
+}
+WARMUP_TOKENS = 8
+METHOD = "one model, patched and unpatched in turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One variant; times and speeds are medians over the rounds, memory is the largest of them.
+
+    ``p20`` and ``p80`` are percentiles of the decode speed (tokens/s) over the single steps of all rounds.
+    ``peak_rss_bytes`` is the process's while generating. Where `same_tokens` is false, `first_difference` is the first
+    position that differs from stock's text and `stock_margin` the distance of stock's two best logits there.
+    """
+
+    variant: str
+    ttft_s: float
+    decode_tok_s: float
+    p20: float
+    p80: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    same_tokens: bool
+    first_difference: int | None
+    stock_margin: float | None
+    rounds: int
+    hits: int | None
+    misses: int | None
+    uploads: int | None
+
+
+@dataclass(slots=True)
+class _Runs:
+    """What the rounds of one variant gave."""
+
+    generations: list[Generation] = field(default_factory=list)
+    rss: int = 0
+    gpu: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def run(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    variants: list[str],
+    new_tokens: int,
+    rounds: int,
+    options: dict[str, Any],
+    progress: Callable[[str, float], None] = lambda _step, _done: None,
+) -> list[Row]:
+    """Measure the variants in turn.
+
+    Args:
+        model: unpatched; so it is again at the end.
+        prompt: int64 [1, P].
+        variants: of `VARIANTS`.
+        new_tokens: tokens after the prompt, at least 2.
+        options: of `moebius.patch`, for every patched variant.
+        progress: called with a step's name and the fraction done of the whole.
+
+    Raises:
+        ValueError: an unknown variant, or too few tokens or rounds.
+    """
+    check_settings(variants, new_tokens, rounds)
+    expected = generate_greedily(model, prompt, new_tokens).tokens
+    runs = {name: _Runs() for name in variants}
+    for turn in range(rounds):
+        for i, name in enumerate(variants):
+            progress(f"round {turn + 1} of {rounds}, {name}", (turn * len(variants) + i) / (rounds * len(variants)))
+            with _variant(model, name, options):
+                _one_round(model, prompt, new_tokens, runs[name])
+    return [_row(name, model, prompt, expected, runs[name]) for name in variants]
+
+
+def check_settings(variants: list[str], new_tokens: int, rounds: int) -> None:
+    """Refuse what cannot be measured, before a model is loaded."""
+    unknown = [name for name in variants if name not in VARIANTS]
+    if unknown or not variants:
+        raise ValueError(f"variants {', '.join(unknown) or '(none)'} are unknown; choose of {', '.join(VARIANTS)}")
+    if new_tokens < 2 or rounds < 1:
+        raise ValueError(f"{new_tokens} new tokens and {rounds} rounds give no decode speed; use 2 and 1 or more")
+
+
+@contextmanager
+def _variant(model: PreTrainedModel, name: str, options: dict[str, Any]) -> Iterator[None]:
+    """The model patched as the variant says, for the length of the block."""
+    own = VARIANTS[name]
+    if own is None:
+        yield
+        return
+    moebius.patch(model, **{**options, **own})
+    try:
+        yield
+    finally:
+        moebius.unpatch(model)
+
+
+def _one_round(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, runs: _Runs) -> None:
+    generate_greedily(model, prompt, min(WARMUP_TOKENS, new_tokens))
+    gc.collect()
+    if moebius.is_patched(model):
+        moebius.reset_stats(model)
+    reset_peak_memory()
+    runs.generations.append(generate_greedily(model, prompt, new_tokens))
+    rss, gpu = peak_memory()
+    runs.rss, runs.gpu = max(runs.rss, rss), max(runs.gpu, gpu)
+    if moebius.is_patched(model):
+        sums = moebius.stats(model).to_dict()
+        runs.counts = {name: runs.counts.get(name, 0) + sums[name] for name in ("hits", "misses", "uploads")}
+
+
+def _row(name: str, model: PreTrainedModel, prompt: torch.Tensor, expected: list[int], runs: _Runs) -> Row:
+    compared = [compare_with_stock(model, prompt, expected, one.tokens) for one in runs.generations]
+    differing = next((one for one in compared if not one.same), Agreement())
+    speeds = [1 / seconds for one in runs.generations for seconds in one.step_s]
+    low, high = (float(value) for value in np.percentile(speeds, [20, 80]))
+    return Row(
+        variant=name,
+        ttft_s=round(median(one.first_token_s for one in runs.generations), 6),
+        decode_tok_s=round(median(one.decode_tok_s for one in runs.generations), 3),
+        p20=round(low, 3),
+        p80=round(high, 3),
+        peak_rss_bytes=runs.rss,
+        peak_gpu_bytes=runs.gpu,
+        same_tokens=differing.same,
+        first_difference=differing.first_difference,
+        stock_margin=differing.margin,
+        rounds=len(runs.generations),
+        hits=runs.counts.get("hits"),
+        misses=runs.counts.get("misses"),
+        uploads=runs.counts.get("uploads"),
+    )
+
+
+def reset_peak_memory() -> None:
+    """Forget earlier peaks of this process and of the GPUs; only Linux can forget the process's."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+
+
+def peak_memory() -> tuple[int, int]:
+    """Peak bytes of this process and of all GPUs together, on Linux since `reset_peak_memory`."""
+    gpu = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024, gpu
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss), gpu
+
+
+def load(path: str, dtype: str) -> PreTrainedModel:
+    """Load a checkpoint, or make random weights for the config of a folder or file that has none.
+
+    Args:
+        path: a model's folder or hub name, or a config.json.
+        dtype: "auto" for the checkpoint's own, or a torch dtype's name.
+    """
+    folder = Path(path)
+    if folder.is_file() or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(path)
+        return AutoModelForCausalLM.from_config(config, dtype=None if dtype == "auto" else dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def make_prompt(path: str, model: PreTrainedModel, tokens: int) -> torch.Tensor:
+    """A prompt int64 [1, tokens]: Python source in the model's own tokens, or random ids where it has no tokenizer."""
+    if (Path(path) / "tokenizer_config.json").is_file() or not Path(path).exists():
+        ids = AutoTokenizer.from_pretrained(path)(inspect.getsource(ArgumentParser), verbose=False)["input_ids"]
+        ids = (ids * (tokens // len(ids) + 1))[:tokens]
+        return torch.tensor([ids])
+    size = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(int(size), (1, tokens), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,137 @@
+"""`moebius bench experts` and `moebius bench generate`: tables, or the same rows as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from moebius.hf_plugin import bench_experts, bench_generate, doctor, machine
+from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
+from moebius.hf_plugin.generation import require_model
+from moebius.kernels.experts import FORMATS
+from rich.table import Table
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the rows as one JSON document.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write rows, settings and machine to this JSON file.")]
+
+
+@app.command()
+def experts(
+    shape: Annotated[str, typer.Option(help="E,H,I,K: experts, hidden, intermediate, top-k.")] = "128,2048,768,8",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens per call.")] = "1,4,32,256",
+    formats: Annotated[str, typer.Option("--format", help=f"Of {', '.join(FORMATS)}.")] = "bf16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Default: 4 times the last-level cache.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measured calls per row.")] = None,
+    as_json: Json = False,
+    out_file: Out = None,
+) -> None:
+    """One layer's experts on the CPU, beside a plain read of the same bytes."""
+    counts = _whole_numbers("--tokens", tokens)
+    names = [name.strip() for name in formats.split(",")]
+    with progress_bar("experts") as update:
+        measured = bench_experts.run(
+            bench_experts.Shape.parse(shape), counts, names, threads, layers, repeats, progress=update
+        )
+        rows = [asdict(row) for row in measured]
+    _report("Experts on the CPU", rows, as_json, out_file, {"shape": shape})
+
+
+@app.command()
+def generate(
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or config.json. Default: tests/data.")] = None,
+    variants: Annotated[str, typer.Option(help=f"Of {', '.join(bench_generate.VARIANTS)}.")] = "stock,cpu,emulated",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    gpu_memory: Annotated[str, typer.Option(help='Cache budget: bytes, "8GiB", "25%", a fraction, or auto.')] = "25%",
+    dtype: Annotated[str, typer.Option(help="Dtype to load with; auto is the checkpoint's own.")] = "auto",
+    as_json: Json = False,
+    out_file: Out = None,
+) -> None:
+    """Whole models, stock and patched in turn: time to first token, decode speed, memory, and equal tokens."""
+    names = [name.strip() for name in variants.split(",")]
+    bench_generate.check_settings(names, new_tokens, rounds)
+    path = require_model(model)
+    hide_progress_of_libraries()
+    loaded = bench_generate.load(path, dtype)
+    prompt = bench_generate.make_prompt(path, loaded, prompt_tokens)
+    with progress_bar("generate") as update:
+        rows = bench_generate.run(
+            loaded, prompt, names, new_tokens, rounds, {"gpu_memory": _memory(gpu_memory)}, progress=update
+        )
+    settings = {
+        "model": Path(path).name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "gpu_memory": gpu_memory,
+        "method": bench_generate.METHOD,
+    }
+    _report("Generation", [asdict(row) for row in rows], as_json, out_file, settings)
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    """Read "1,4,32"."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{option} {text!r} must be positive whole numbers, such as 1,4,32")
+    return numbers
+
+
+def _memory(text: str) -> int | float | str:
+    """The Python value that a memory option's text means: "0.25" is a fraction, "1000000" bytes, the rest stays."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _report(title: str, rows: list[dict[str, Any]], as_json: bool, file: Path | None, settings: dict[str, Any]) -> None:
+    if file is not None:
+        document = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": ["moebius", *sys.argv[1:]],
+            "settings": settings,
+            "versions": doctor.versions(),
+            "cpu": asdict(machine.cpu()),
+            "gpus": [asdict(gpu) for gpu in doctor.find_gpus()],
+            "rows": rows,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        err.print(f"wrote {file}")
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(_table(title, rows))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One column per field; long numbers of bytes in MB."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_bytes", " MB").replace("_", " "), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    return table
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:,.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,236 @@
+"""Looks at the machine and says what Moebius will use on it, what it falls back to, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from moebius.hf_plugin import machine
+from moebius.hf_plugin.memory_read import read_bandwidth
+from moebius.kernels.numba.jit import cache_folder
+from packaging.version import Version
+
+from moebius import __version__
+
+OLDEST_TRANSFORMERS = "5.17"
+PACKAGES = ("torch", "transformers", "accelerate", "triton", "numba", "llvmlite", "numpy", "safetensors", "kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Whether something can be used, and the reason either way."""
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Host memory in bytes, and the measured speed of reading it with `threads` threads (GB/s of 1e9 bytes)."""
+
+    total_bytes: int
+    available_bytes: int
+    read_gbytes_per_s: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCache:
+    """Where Numba keeps compiled kernels between runs; `folder` is None where no folder can be written."""
+
+    folder: str | None
+    writable: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """What one part of Moebius will use here; `fallback` marks a slower way than the best it has."""
+
+    component: str
+    used: str
+    fallback: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything `moebius doctor` prints."""
+
+    versions: dict[str, str | None]
+    cpu: machine.Cpu
+    memory: Memory
+    gpus: list[Gpu]
+    triton: Finding
+    pinned_memory: Finding
+    transformers: Finding
+    kernel_cache: KernelCache
+    plan: list[Component]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+
+def examine(step: Callable[[str], None] = lambda _: None) -> Report:
+    """Examine this machine; takes about two seconds, most of it for measuring the memory.
+
+    Args:
+        step: called with the name of each step as it begins.
+    """
+    step("processor")
+    cpu = machine.cpu()
+    step("memory bandwidth")
+    memory = measure_memory(cpu)
+    step("GPU and Triton")
+    gpus = find_gpus()
+    triton, pinned, transformers = check_triton(gpus), check_pinned_memory(gpus), check_transformers()
+    step("kernel cache")
+    cache = find_kernel_cache()
+    plan = make_plan(cpu, gpus, triton, pinned, transformers, cache)
+    return Report(versions(), cpu, memory, gpus, triton, pinned, transformers, cache, plan)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, Moebius and the packages below it; None for those that are not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "moebius": __version__}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def measure_memory(cpu: machine.Cpu) -> Memory:
+    """Host memory and the speed of reading it from all physical cores that this process may use."""
+    threads = min(cpu.physical_cores, cpu.usable_cores)
+    host = psutil.virtual_memory()
+    return Memory(host.total, host.available, round(read_bandwidth(threads, cpu.last_level_bytes), 2), threads)
+
+
+def find_gpus() -> list[Gpu]:
+    """The CUDA devices that torch can use."""
+    return [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def _gpu(index: int) -> Gpu:
+    facts = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(facts.name, f"{facts.major}.{facts.minor}", total, free)
+
+
+def check_triton(gpus: list[Gpu]) -> Finding:
+    """Whether Triton kernels can run: on a GPU, or in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return Finding(False, "Triton is not installed; there are builds for Linux (pip install triton)")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Finding(True, "TRITON_INTERPRET=1: kernels run in Triton's interpreter on the CPU, slowly")
+    if not gpus:
+        return Finding(False, "Triton needs a GPU that torch can use")
+    from triton.runtime import driver
+
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError as error:
+        return Finding(False, f"Triton finds no active driver: {error}")
+    return Finding(True, f"compiles for {target.backend} {target.arch}")
+
+
+def check_pinned_memory(gpus: list[Gpu]) -> Finding:
+    """Whether host memory can be pinned for fast copies to the GPU."""
+    if not gpus:
+        return Finding(False, "pinning needs a CUDA device")
+    try:
+        torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        return Finding(False, f"the driver refused to pin 1 MiB: {error}")
+    return Finding(True, "1 MiB was pinned")
+
+
+def check_transformers() -> Finding:
+    """Whether the installed transformers is one that Moebius supports."""
+    found = _version("transformers")
+    if found is None:
+        return Finding(False, "transformers is not installed (pip install transformers)")
+    if Version(found) < Version(OLDEST_TRANSFORMERS):
+        return Finding(False, f"{found} is older than {OLDEST_TRANSFORMERS} (pip install -U transformers)")
+    return Finding(True, f"{found} is {OLDEST_TRANSFORMERS} or newer")
+
+
+def find_kernel_cache() -> KernelCache:
+    """The folder in which compiled kernels survive between runs."""
+    folder = cache_folder()
+    if folder is None:
+        return KernelCache(None, False, "no folder can be written, so every process compiles (set MOEBIUS_CACHE_DIR)")
+    return KernelCache(str(folder), True, "compiled once for these sources, versions and instructions")
+
+
+def make_plan(
+    cpu: machine.Cpu,
+    gpus: list[Gpu],
+    triton: Finding,
+    pinned: Finding,
+    transformers: Finding,
+    cache: KernelCache,
+) -> list[Component]:
+    """What each part will use with default options, and why."""
+    threads = min(cpu.physical_cores, cpu.usable_cores)
+    return [
+        _plan_transformers(transformers),
+        Component(
+            "experts on the CPU",
+            f"Numba, {threads} threads",
+            False,
+            f"one thread for each physical core that this process may use; compiled for {machine.compiled_isa()}",
+        ),
+        Component("compiled CPU kernels", cache.folder or "memory", not cache.writable, cache.reason),
+        _plan_gpu_cache(gpus, triton),
+        _plan_uploads(gpus, pinned),
+    ]
+
+
+def _plan_transformers(transformers: Finding) -> Component:
+    used = "experts interface" if transformers.usable else "nothing: patch raises"
+    return Component("transformers", used, not transformers.usable, transformers.reason)
+
+
+def _plan_gpu_cache(gpus: list[Gpu], triton: Finding) -> Component:
+    name = "experts on the GPU"
+    if not gpus:
+        return Component(name, "none: all experts run on the CPU", True, f"no GPU: {_why_no_gpu()}")
+    if not triton.usable:
+        return Component(name, "none: all experts run on the CPU", True, triton.reason)
+    return Component(name, f"cache on cuda:0 ({gpus[0].name}), Triton", False, triton.reason)
+
+
+def _plan_uploads(gpus: list[Gpu], pinned: Finding) -> Component:
+    if not gpus:
+        return Component("uploads of experts", "none", True, "there is no GPU to upload to")
+    used = "asynchronous copies from pinned memory" if pinned.usable else "copies from pageable memory"
+    return Component("uploads of experts", used, not pinned.usable, pinned.reason)
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} finds no CUDA device"
