@@ -32,8 +32,11 @@ class EventCompletion(Completion):
 class StreamLaunch(Launch):
     """A result that becomes valid on its stream; other streams wait for the event, the host for nothing."""
 
-    def __init__(self, event: Any, output: torch.Tensor, stream: Any, current_stream: Callable[[], Any]) -> None:
-        self.completion: EventCompletion = EventCompletion(event)
+    def __init__(
+        self, begin: Any, end: Any, output: torch.Tensor, stream: Any, current_stream: Callable[[], Any]
+    ) -> None:
+        self.completion: EventCompletion = EventCompletion(end)
+        self._begin = begin
         self._output, self._stream, self._current_stream = output, stream, current_stream
 
     def result(self) -> torch.Tensor:
@@ -42,6 +45,9 @@ class StreamLaunch(Launch):
             current.wait_event(self.completion.event)
             self._output.record_stream(current)
         return self._output
+
+    def elapsed_ms(self) -> float | None:
+        return self._begin.elapsed_time(self.completion.event) if self.completion.done() else None
 
 
 class AcceleratorDevice(Device):
@@ -81,8 +87,9 @@ class AcceleratorDevice(Device):
             for upload in after:
                 assert isinstance(upload, EventCompletion)
                 stream.wait_event(upload.event)
+            begin = self._record(stream, timed=True)
             output = work()
-            return StreamLaunch(self._record(stream), output, stream, self._current_stream)
+            return StreamLaunch(begin, self._record(stream, timed=True), output, stream, self._current_stream)
 
     def pin(self, host: torch.Tensor) -> bool:
         """Register the pages of `host` with the driver; copies from pages it refuses block the host, at half speed."""
@@ -120,7 +127,7 @@ class AcceleratorDevice(Device):
     def _current_stream(self) -> Any:
         return self._module.current_stream(self.torch_device)
 
-    def _record(self, stream: Any) -> Any:
-        event = self._module.Event()
+    def _record(self, stream: Any, timed: bool = False) -> Any:
+        event = self._module.Event(enable_timing=timed)
         event.record(stream)
         return event

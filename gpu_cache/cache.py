@@ -75,6 +75,11 @@ class ExpertCache:
         self._pin(layer, pool, slots)
         return slots
 
+    def visible(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """Whether each expert (int32 [n]) is in a slot that `lookup` would return, bool [n]; pins nothing."""
+        pool, local = self._pool(layer)
+        return pool.table.lookup(local, experts) >= 0
+
     def fetch(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Upload experts (int32 [n], distinct) that this step computes on the device.
 

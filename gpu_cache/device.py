@@ -38,6 +38,10 @@ class Launch(ABC):
             Exception: whatever the computation raised.
         """
 
+    @abstractmethod
+    def elapsed_ms(self) -> float | None:
+        """Milliseconds that the computation took on the device, without its wait for copies; None until it is done."""
+
 
 class Device(ABC):
     """What differs between a GPU and its emulation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import perf_counter
 
 import torch
 
@@ -40,6 +41,7 @@ class Job(Launch):
         self._work: Callable[[], torch.Tensor] | None = work
         self._after = after
         self._output: torch.Tensor | None = None
+        self._seconds = 0.0
         self.completion: Signal = Signal()
 
     def run(self) -> None:
@@ -48,7 +50,9 @@ class Job(Launch):
         try:
             for earlier in self._after:
                 earlier.wait()
+            begun = perf_counter()
             self._output = self._work()
+            self._seconds = perf_counter() - begun
         except BaseException as raised:  # noqa: BLE001 (kept for whoever waits)
             error = raised
         self._work, self._after = None, ()  # the tensors they hold
@@ -60,6 +64,9 @@ class Job(Launch):
             raise self.completion.error
         assert self._output is not None
         return self._output
+
+    def elapsed_ms(self) -> float | None:
+        return self._seconds * 1e3 if self.completion.done() else None
 
 
 class _Queue:

@@ -69,7 +69,10 @@ class ExpertSpec:
 
 
 class ExpertWeights(NamedTuple):
-    """Views of one expert's record; absent parts are None. Shapes: [I, H], [I, H], [H, I], [I], [I], [H]."""
+    """Views of an expert's weights; absent parts are None. Shapes: [I, H], [I, H], [H, I], [I], [I], [H].
+
+    Where a layer's experts are viewed together, each shape has E in front.
+    """
 
     gate: torch.Tensor | None
     up: torch.Tensor
@@ -125,8 +128,11 @@ class RecordLayout:
         used = sum(prod(shape) for shape in self.shapes().values()) * self.dtype.itemsize
         return -(-used // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
-    def view(self, record: torch.Tensor) -> ExpertWeights:
-        """Views into one record (uint8 [nbytes], contiguous), without a copy."""
-        flat, offsets = record.view(self.dtype), self.offsets()
-        parts = {name: flat[offsets[name] :][: prod(shape)].view(shape) for name, shape in self.shapes().items()}
+    def view(self, records: torch.Tensor) -> ExpertWeights:
+        """Views into records (uint8 [..., nbytes], the last dimension contiguous), without a copy: parts [..., shape]."""
+        flat, offsets = records.view(self.dtype), self.offsets()
+        parts = {
+            name: flat[..., offsets[name] : offsets[name] + prod(shape)].unflatten(-1, shape)
+            for name, shape in self.shapes().items()
+        }
         return ExpertWeights(*(parts.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
