@@ -61,19 +61,20 @@ class Pool:
         """Publish the copies that have completed.
 
         Raises:
-            RuntimeError: a copy failed; its slot is free again.
+            RuntimeError: copies failed; their slots are free again.
         """
-        failed: Upload | None = None
+        failed: list[Upload] = []
         for slot in [slot for slot, upload in self._uploads.items() if upload.completion.done()]:
             upload = self._uploads.pop(slot)
             if upload.completion.error is None:
                 self.table.publish(slot)
                 continue
             self._clear(slot)
-            failed = failed if upload.awaited else upload
-        if failed is not None:
-            name = f"expert {failed.expert} of layer {self._layers[failed.layer]}"
-            raise RuntimeError(f"uploading {name} to the device failed") from failed.completion.error
+            if not upload.awaited:
+                failed.append(upload)
+        if failed:
+            names = ", ".join(f"{upload.expert} of layer {self._layers[upload.layer]}" for upload in failed)
+            raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
 
     def claim(self, slots: np.ndarray) -> None:
         """Pin slots (int32 [n]) and count the prefetches among them as used."""

@@ -59,10 +59,12 @@ def _function(x, KIND: tl.constexpr, ALPHA: tl.constexpr):
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif KIND == GELU_ERF:
         return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif KIND == RELU:
+        return tl.where(x < 0.0, 0.0, x)
     else:
-        tl.static_assert(KIND == RELU or KIND == RELU2)
+        tl.static_assert(KIND == RELU2, "an activation without a kernel")
         positive = tl.where(x < 0.0, 0.0, x)
-        return positive * positive if KIND == RELU2 else positive
+        return positive * positive
 
 
 @triton.jit

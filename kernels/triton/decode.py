@@ -40,7 +40,7 @@ def decode(
     records = pool.view(layout.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    shape = {"H": hidden, "I": intermediate, "STRIDE": records.shape[1], "BIASED": spec.biased} | OPTIONS
+    shape = {"H": hidden, "INNER": intermediate, "STRIDE": records.shape[1], "BIASED": spec.biased} | OPTIONS
     parts = part_offsets(layout)
     intermediate_kernel[table.pairs, triton.cdiv(intermediate, ROWS)](
         records, x, table.data, activated, table.pairs,
@@ -62,7 +62,7 @@ def intermediate_kernel(
     activated,  # fp32 [P, I], written
     P,
     UP: tl.constexpr, GATE: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, ACT_MAX: tl.constexpr,
     UP_MAX: tl.constexpr, UP_SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -76,7 +76,7 @@ def intermediate_kernel(
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, H, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        inside = (rows < I)[:, None] & (columns < H)[None, :]
+        inside = (rows < INNER)[:, None] & (columns < H)[None, :]
         tile = rows[:, None] * H + columns[None, :]
         value = tl.load(inputs + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
         up += tl.load(record + UP + tile, mask=inside, other=0.0).to(tl.float32) * value
@@ -85,12 +85,12 @@ def intermediate_kernel(
     up_sum = tl.sum(up, axis=1)
     gate_sum = tl.sum(gate, axis=1)
     if BIASED:
-        up_sum += tl.load(record + UP_BIAS + rows, mask=rows < I, other=0.0).to(tl.float32)
+        up_sum += tl.load(record + UP_BIAS + rows, mask=rows < INNER, other=0.0).to(tl.float32)
         if GATED:
-            gate_sum += tl.load(record + GATE_BIAS + rows, mask=rows < I, other=0.0).to(tl.float32)
+            gate_sum += tl.load(record + GATE_BIAS + rows, mask=rows < INNER, other=0.0).to(tl.float32)
     first = gate_sum if GATED else up_sum
     result = activate(first, up_sum, GATED, KIND, ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT)
-    tl.store(activated + pair.to(tl.int64) * I + rows, result, mask=rows < I)
+    tl.store(activated + pair.to(tl.int64) * INNER + rows, result, mask=rows < INNER)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -101,7 +101,7 @@ def down_kernel(
     out,  # fp32 [T, H], written
     P,
     DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token over all its pairs. Grid (T, ceil(H / ROWS))."""
@@ -112,11 +112,11 @@ def down_kernel(
         pair = tl.load(table + 3 * P + position)
         record = records + tl.load(table + pair).to(tl.int64) * STRIDE
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, I, COLUMNS):
+        for start in range(0, INNER, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
-            inside = (rows < H)[:, None] & (columns < I)[None, :]
-            value = tl.load(activated + pair.to(tl.int64) * I + columns, mask=columns < I, other=0.0)[None, :]
-            tile = rows[:, None] * I + columns[None, :]
+            inside = (rows < H)[:, None] & (columns < INNER)[None, :]
+            value = tl.load(activated + pair.to(tl.int64) * INNER + columns, mask=columns < INNER, other=0.0)[None, :]
+            tile = rows[:, None] * INNER + columns[None, :]
             products += tl.load(record + DOWN + tile, mask=inside, other=0.0).to(tl.float32) * value
         y = tl.sum(products, axis=1)
         if BIASED:

@@ -18,8 +18,8 @@ from moebius.kernels.triton.combine import combine
 from moebius.kernels.triton.config import INTERPRETED, OPTIONS
 from moebius.kernels.triton.tables import PairTable, TileTable, part_offsets
 
-# Pairs, columns of the product, and bytes of depth per step (a cache line). Not yet tuned on a device. The interpreter costs about 15 ms per
-# program whatever its size, so tiles are large there.
+# Pairs, columns of the product, and bytes of depth per step (a cache line). Not yet tuned on a device. The interpreter
+# costs about 15 ms per program whatever its size, so tiles are large there.
 PAIRS, COLUMNS, DEPTH_BYTES = (128, 256, 1024) if INTERPRETED else (64, 64, 128)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -50,7 +50,7 @@ def prefill(
     products = product_type(layout.dtype, x.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=products, device=x.device)
     y = torch.empty(table.pairs, hidden, dtype=torch.float32, device=x.device)
-    shape = {"H": hidden, "I": intermediate, "STRIDE": records.shape[1], "BIASED": spec.biased} | OPTIONS
+    shape = {"H": hidden, "INNER": intermediate, "STRIDE": records.shape[1], "BIASED": spec.biased} | OPTIONS
     blocks = {"TYPE": TYPES[products], "PAIRS": PAIRS, "COLUMNS": COLUMNS, "DEPTH": DEPTH_BYTES // products.itemsize}
     parts = part_offsets(layout)
     gate_up_kernel[tiles.tiles, triton.cdiv(intermediate, COLUMNS)](
@@ -75,7 +75,7 @@ def gate_up_kernel(
     P,
     M,
     UP: tl.constexpr, GATE: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, ACT_MAX: tl.constexpr,
     UP_MAX: tl.constexpr, UP_SHIFT: tl.constexpr,
     TYPE: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -94,20 +94,20 @@ def gate_up_kernel(
         operand = tl.load(x + inputs[:, None] + depth[None, :], mask=live[:, None] & (depth < H)[None, :], other=0.0)
         operand = operand.to(TYPE)
         weights = columns[None, :] * H + depth[:, None]  # row-major [I, H], read transposed
-        inside = (columns < I)[None, :] & (depth < H)[:, None]
+        inside = (columns < INNER)[None, :] & (depth < H)[:, None]
         tile_up = tl.load(record + UP + weights, mask=inside, other=0.0).to(TYPE)
         up = tl.dot(operand, tile_up, up, input_precision="ieee")
         if GATED:
             tile_gate = tl.load(record + GATE + weights, mask=inside, other=0.0).to(TYPE)
             gate = tl.dot(operand, tile_gate, gate, input_precision="ieee")
     if BIASED:
-        up += tl.load(record + UP_BIAS + columns, mask=columns < I, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(record + UP_BIAS + columns, mask=columns < INNER, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            gate += tl.load(record + GATE_BIAS + columns, mask=columns < I, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(record + GATE_BIAS + columns, mask=columns < INNER, other=0.0).to(tl.float32)[None, :]
     first = gate if GATED else up
     result = activate(first, up, GATED, KIND, ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT)
-    target = activated + pairs.to(tl.int64)[:, None] * I + columns[None, :]
-    tl.store(target, result.to(TYPE), mask=live[:, None] & (columns < I)[None, :])
+    target = activated + pairs.to(tl.int64)[:, None] * INNER + columns[None, :]
+    tl.store(target, result.to(TYPE), mask=live[:, None] & (columns < INNER)[None, :])
 
 
 @triton.jit(do_not_specialize=["P", "M"])
@@ -120,7 +120,7 @@ def down_kernel(
     P,
     M,
     DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    H: tl.constexpr, I: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
     TYPE: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Weighted outputs of one tile of pairs, COLUMNS of H. Grid (M, ceil(H / COLUMNS))."""
@@ -131,12 +131,12 @@ def down_kernel(
     rows = pairs.to(tl.int64)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([PAIRS, COLUMNS], tl.float32)
-    for start in range(0, I, DEPTH):
+    for start in range(0, INNER, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        present = live[:, None] & (depth < I)[None, :]
-        operand = tl.load(activated + rows * I + depth[None, :], mask=present, other=0.0)
-        weights = columns[None, :] * I + depth[:, None]  # row-major [H, I], read transposed
-        inside = (columns < H)[None, :] & (depth < I)[:, None]
+        present = live[:, None] & (depth < INNER)[None, :]
+        operand = tl.load(activated + rows * INNER + depth[None, :], mask=present, other=0.0)
+        weights = columns[None, :] * INNER + depth[:, None]  # row-major [H, I], read transposed
+        inside = (columns < H)[None, :] & (depth < INNER)[:, None]
         total = tl.dot(
             operand, tl.load(record + DOWN + weights, mask=inside, other=0.0).to(TYPE), total, input_precision="ieee"
         )
