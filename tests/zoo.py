@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     **dict(n_shared_experts=1, num_shared_experts=1, moe_num_shared_experts=1, shared_intermediate_size=32),
     **dict(shared_expert_intermediate_size=32, shared_experts_intermediate_size=32),
     **dict(moe_shared_expert_intermediate_size=32, first_k_dense_replace=1, num_dense_layers=1),
+    **dict(swiglu_limit=0.3, mlp_gate_softcap=0.5, mlp_up_softcap=0.5),  # low enough to bind on small random weights
     # attention
     **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, kv_channels=16, rotary_dim=16),
     **dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16),
@@ -230,7 +231,11 @@ ENTRIES: dict[str, Entry] = {
         | dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=16, indexer_compress_ratio=4),
     ),
     "solar_open": _causal("SolarOpen"),
-    "step3p7": _conditional("Step3p7", layer_types=["full_attention", "sliding_attention"], **_SPARSE_SECOND),
+    "step3p7": _conditional(
+        "Step3p7",
+        **dict(layer_types=["full_attention", "sliding_attention"], swiglu_limits=[0.0, 0.3]),
+        **_SPARSE_SECOND,
+    ),
     "switch_transformers": _conditional(
         "SwitchTransformers",
         **dict(d_kv=16, d_ff=64, num_layers=2, num_heads=4, num_sparse_encoder_layers=1),
