@@ -206,5 +206,5 @@ def make_prompt(path: str, model: PreTrainedModel, tokens: int) -> torch.Tensor:
         ids = AutoTokenizer.from_pretrained(path)(inspect.getsource(ArgumentParser), verbose=False)["input_ids"]
         ids = (ids * (tokens // len(ids) + 1))[:tokens]
         return torch.tensor([ids])
-    size = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(int(size), (1, tokens), generator=torch.Generator().manual_seed(0))
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,7 @@ if _TYPE_CHECKING:
     from moebius.hf_plugin.options import Options as Options
     from moebius.hf_plugin.patching import is_patched as is_patched
     from moebius.hf_plugin.patching import patch as patch
+    from moebius.hf_plugin.patching import resize as resize
     from moebius.hf_plugin.patching import unpatch as unpatch
     from moebius.hf_plugin.stats import Stats as Stats
     from moebius.hf_plugin.stats import reset_stats as reset_stats
@@ -33,6 +34,7 @@ _PUBLIC = {
     "patch": "moebius.hf_plugin.patching",
     "unpatch": "moebius.hf_plugin.patching",
     "is_patched": "moebius.hf_plugin.patching",
+    "resize": "moebius.hf_plugin.patching",
     "Stats": "moebius.hf_plugin.stats",
     "stats": "moebius.hf_plugin.stats",
     "reset_stats": "moebius.hf_plugin.stats",

@@ -1,0 +1,105 @@
+"""A layer's router as a function that can be asked about any hidden states, without being noticed.
+
+The router's class-level `forward` is called, never the module: no hook fires, so recorded router logits and auxiliary
+losses stay as they are. Whether the function found really is the layer's routing is settled by data: on the layer's
+first call it must give the ids that the model gave. Routers that need more than the hidden states (hashed token ids,
+state across layers, another input than the experts') fail that check and are left alone, with the reason in `stats`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+from moebius.predictors.routing import MAX_TOKENS, Gate
+from torch import nn
+
+_AGREEMENT = 0.99  # share of ids that must agree; below 1 only because ties may break either way
+
+
+class LayerGate:
+    """The routing function of one layer, found among its candidates at the layer's first call.
+
+    `reason` says why there is none, or is None.
+    """
+
+    def __init__(self, parent: nn.Module | None, num_experts: int) -> None:
+        self._parent = (lambda: None) if parent is None else ref(parent)  # no cycle through the module's layer
+        self._num_experts = num_experts
+        self._gate: Gate | None = None
+        self._settled = False
+        self.reason: str | None = None
+
+    def __call__(self) -> Gate | None:
+        """The gate once it is known and usable: routers draw random numbers in training."""
+        parent = self._parent()
+        return None if parent is None or parent.training else self._gate
+
+    def copied(self, memo: dict[int, Any]) -> LayerGate:
+        """The gate of the copied module, by the memo of `copy.deepcopy`; it settles anew."""
+        return LayerGate(memo.get(id(self._parent())), self._num_experts)
+
+    def settle(self, x: torch.Tensor, ids: torch.Tensor) -> None:
+        """Choose the candidate that reproduces ids [T, k] from hidden states x [T, H]; once."""
+        parent = self._parent()
+        if self._settled or not len(x) or parent is None or parent.training:
+            return
+        self._settled = True
+        x, ids = x[:MAX_TOKENS], ids[:MAX_TOKENS]
+        failures = []
+        for candidate in self._candidates(parent, ids.shape[-1]):
+            try:
+                found = candidate(x)
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                continue
+            if found.shape == ids.shape and _agreement(found, ids) >= _AGREEMENT:
+                self._gate = candidate
+                return
+            failures.append("gives other experts than the model for the experts' own input")
+        self.reason = f"no gate prediction: the router {failures[-1]}" if failures else "no gate prediction: no router"
+
+    def _candidates(self, parent: nn.Module, k: int) -> Iterator[Gate]:
+        route = getattr(type(parent), "route_tokens_to_experts", None)
+        for router in parent.children():
+            known = any(p.ndim == 2 and p.shape[0] >= self._num_experts for p in router.parameters())
+            if not known or len(_required(router)) != 1:
+                continue
+            forward = partial(type(router).forward, router)
+            yield lambda x, forward=forward: _ids(forward(x), k)
+            yield lambda x, forward=forward: _ids(forward(x[None]), k)
+            if route is not None:
+                owner = ref(parent)
+                yield lambda x, forward=forward: _ids(route(owner(), forward(x)), k)
+
+
+def _required(module: nn.Module) -> list[str]:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+
+
+@torch.no_grad()
+def _ids(output: torch.Tensor | tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
+    """Expert ids [T, k] out of what a router returns: ids as they are, else the largest of its scores."""
+    tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
+    for tensor in tensors:
+        if not tensor.is_floating_point() and tensor.shape[-1] == k:
+            return tensor.reshape(-1, k)
+    return tensors[0].flatten(0, -2).topk(k, dim=-1).indices
+
+
+def _agreement(found: torch.Tensor, ids: torch.Tensor) -> float:
+    same = np.sort(found.cpu().numpy(), -1) == np.sort(ids.cpu().numpy(), -1)
+    return float(same.mean())
+
+
+def parent_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the one called `name`, where its router is."""
+    return model.get_submodule(name.rpartition(".")[0])
+

@@ -1,0 +1,229 @@
+"""One patched experts module: what it runs instead of its own forward, and where its weights went.
+
+The module keeps its place, its class and its parameters' names. Its weights live in an `ExpertStore`; in their stead
+stand parameters on the meta device, so that counting works and a use that was overlooked raises. Four methods of the
+instance are replaced: `forward` and, where the weights were, `_apply` (to, half, ...), `_save_to_state_dict` and
+`_load_from_state_dict`. They belong to the layer and not to the module, so that no reference cycle keeps the memory and
+the threads of a dropped model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from moebius.cpu_experts.store import ExpertStore
+from moebius.hf_plugin.adapters import Convention
+from moebius.hf_plugin.discovery import ExpertsSite
+from moebius.hf_plugin.gates import LayerGate
+from moebius.hf_plugin.op import LAYERS, experts
+from moebius.kernels.experts import FORMATS, ExpertWeights, RecordLayout
+from torch import nn
+
+if TYPE_CHECKING:
+    from moebius.hf_plugin.runtime import ModelRuntime
+
+ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
+_STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
+_MISSING = object()
+_ids = itertools.count()
+
+
+class PatchedLayer:
+    """Runs one experts module's calls through Moebius and holds its weights meanwhile.
+
+    Args:
+        index: number of the layer among the model's patched layers.
+        site: the module as found.
+        parent: the module that holds it, where its router is.
+        format: storage format of the experts.
+        keep: keep the original tensors, so that unpatching returns them however lossy `format` is.
+    """
+
+    def __init__(self, index: int, site: ExpertsSite, parent: nn.Module, format: str, keep: bool) -> None:
+        self.index, self.name = index, site.name
+        self.runtime: ModelRuntime  # set when the model's layers are complete
+        self.gate = LayerGate(parent, site.params.num_experts)
+        self._convention, self._identity_experts = site.convention, site.identity_experts
+        self._arguments = _argument_names(site.module)
+        self._module, self._owner = ref(site.module), ref(site.owner)
+        tensors = site.tensors()
+        self._params, self._dtype = site.params, site.dtype
+        self._parameters = {name: site.owner._parameters[name] for name in tensors}
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+        self._surplus = {name: rows.clone() for name, rows in site.params.surplus(tensors).items()}
+        self._kept = tensors if keep else None
+        self._saved: dict[str, Any] = {}
+        self.store = ExpertStore.empty(site.spec, RecordLayout.of(site.spec, format), site.params.num_experts)
+        copy_weights(self.store.layout.view(self.store.records), site.params.views(tensors))
+        self._register()
+
+    def _register(self) -> None:
+        self.id = next(_ids)
+        LAYERS[self.id] = self
+
+    # ---- taking over and giving back
+
+    def install(self) -> None:
+        """Replace the module's methods and free its weights."""
+        module, owner = self._module(), self._owner()
+        self._saved = {"forward": module.__dict__.get("forward", _MISSING)}
+        module.__dict__[ATTRIBUTE] = self
+        module.__dict__["forward"] = self.forward
+        for name in _STATE_METHODS:
+            owner.__dict__[name] = getattr(self, name)
+        for name, parameter in self._parameters.items():
+            placeholder = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+            owner._parameters[name] = nn.Parameter(placeholder, parameter.requires_grad)
+            parameter.data = torch.empty(0, dtype=self._dtype, device=parameter.device)
+
+    def remove(self) -> None:
+        """Give the module its weights and its own methods back."""
+        restored = self._kept if self._kept is not None else self.tensors(self._devices)
+        module, owner = self._module(), self._owner()
+        for name, parameter in self._parameters.items():
+            parameter.data = restored[name]
+            parameter.requires_grad_(owner._parameters[name].requires_grad)
+            owner._parameters[name] = parameter
+        for name in _STATE_METHODS:
+            del owner.__dict__[name]
+        del module.__dict__["forward"], module.__dict__[ATTRIBUTE]
+        if self._saved["forward"] is not _MISSING:
+            module.__dict__["forward"] = self._saved["forward"]
+
+    def tensors(self, devices: dict[str, torch.device] | None = None) -> dict[str, torch.Tensor]:
+        """The module's weights as it had them, copied out of the store (to host memory by default)."""
+        if self._kept is not None:
+            return {name: tensor.clone() for name, tensor in self._kept.items()}
+        result = {
+            name: torch.empty(shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
+            for name, shape in self._shapes.items()
+        }
+        copy_weights(self._params.views(result), self.store.layout.view(self.store.records))
+        for name, rows in self._surplus.items():
+            result[name][-len(rows) :] = rows
+        return result
+
+    # ---- running
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stands for the module's forward, in its own calling convention."""
+        module = self._module()
+        if "parametrizations" in module._modules:
+            raise RuntimeError(
+                f"an adapter was put on the expert weights of {self.name!r} after patching, where it has no effect; "
+                "unpatch the model, merge the adapter into the weights (merge_and_unload), then patch again"
+            )
+        args = (*args, *(kwargs[name] for name in self._arguments[len(args) :]))
+        if self._convention is Convention.SCALED_ROWS:
+            return self._run(args[0], *self._routes_of_rows(args[0]))
+        hidden, ids, weights = args
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = self._run(flat, ids, weights)
+        if self._identity_experts:
+            scale = (weights * (ids >= self.store.num_experts)).sum(-1, keepdim=True)
+            out = out + torch.where(scale != 0, flat * scale, 0).to(out.dtype)
+        return out.view(hidden.shape)
+
+    def _run(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self._identity_experts:
+            ids = ids.clamp(max=self.store.num_experts)
+        differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
+        if differentiable or torch.compiler.is_compiling():
+            return experts(hidden, ids, weights, self.id)
+        return self.compute(hidden, ids, weights)
+
+    def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The routed experts' weighted outputs, [T, H] in the dtype of `hidden`; no gradients."""
+        return self.runtime.run(self, hidden, ids, weights)
+
+    def _routes_of_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = rows.shape[0] // self.store.num_experts
+        owners = torch.arange(self.store.num_experts, device=rows.device).repeat_interleave(tokens)
+        ids = torch.where(rows.ne(0).any(-1), owners, -1)[:, None]
+        return ids, torch.ones_like(ids, dtype=rows.dtype)
+
+    # ---- the module's state
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """What `to`, `half` and their like call: a new dtype converts the experts, which stay in host memory."""
+        owner = self._owner()
+        probe = fn(torch.empty(0, dtype=self._dtype, device=next(iter(self._devices.values()))))
+        if probe.device.type == "meta":
+            raise RuntimeError("a patched model cannot move to the meta device: unpatch it first")
+        if probe.dtype != self._dtype:
+            self._convert(probe.dtype)
+        order, placeholders = list(owner._parameters), {name: owner._parameters.pop(name) for name in self._parameters}
+        type(owner)._apply(owner, fn, recurse)
+        others = dict(owner._parameters)
+        owner._parameters.clear()
+        owner._parameters.update({name: others.get(name, placeholders.get(name)) for name in order})
+        return owner
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        format = next((name for name, known in FORMATS.items() if known == dtype), None)
+        if format is None or self._kept is not None or self.store.layout.dtype != self._dtype:
+            raise RuntimeError(
+                f"the patched experts of {self.name!r} are {self._dtype} stored as {self.store.layout.format} and cannot "
+                f"become {dtype}: unpatch the model, convert it, and patch it again (experts can be {', '.join(FORMATS)})"
+            )
+        spec = self.store.spec
+        store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
+        copy_weights(store.layout.view(store.records), self.store.layout.view(self.store.records))
+        self._surplus = {name: rows.to(dtype) for name, rows in self._surplus.items()}
+        self.store, self._dtype = store, dtype
+        self.runtime.replace_store(self.index, store)
+        owner = self._owner()
+        for name, parameter in self._parameters.items():
+            placeholder = torch.empty(self._shapes[name], dtype=dtype, device="meta")
+            owner._parameters[name] = nn.Parameter(placeholder, owner._parameters[name].requires_grad)
+            parameter.data = parameter.data.to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        owner = self._owner()
+        type(owner)._save_to_state_dict(owner, destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self.tensors().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in self._parameters):
+            raise RuntimeError(f"cannot load weights into the patched experts of {self.name!r}: unpatch the model first")
+        owner = self._owner()
+        type(owner)._load_from_state_dict(owner, state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
+        """A layer of the copied module: it shares the records, which never change, and little else."""
+        new = object.__new__(PatchedLayer)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__)
+        new._module, new._owner = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
+        new._parameters = {name: copy.deepcopy(p, memo) for name, p in self._parameters.items()}
+        new._kept = None if self._kept is None else {name: tensor.clone() for name, tensor in self._kept.items()}
+        new.gate = self.gate.copied(memo)
+        spec = replace(self.store.spec, post_norm=copy.deepcopy(self.store.spec.post_norm, memo))
+        new.store = replace(self.store, spec=spec)
+        new._register()
+        new.runtime = copy.deepcopy(self.runtime, memo)
+        new.runtime.adopt(new)
+        return new
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a patched model cannot be pickled: unpatch it first, or use save_pretrained, which works patched")
+
+
+def copy_weights(target: ExpertWeights, source: ExpertWeights) -> None:
+    """Copy all parts, converting the dtype where it differs."""
+    for to, part in zip(target, source, strict=True):
+        if to is not None:
+            to.copy_(part)
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))

@@ -1,0 +1,86 @@
+"""What a user can choose: one dataclass whose fields are the keyword arguments of `moebius.patch`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate.utils import convert_file_size_to_int
+from moebius.kernels.experts import FORMATS
+
+DEVICES = '"auto", "cpu", "cuda", "cuda:<n>" or "emulated"'
+MEMORY_FORMS = 'bytes as an int, a string such as "8GiB" or "25%", a fraction in (0, 1] as a float, or "auto"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of `moebius.patch`.
+
+    Args:
+        device: where the expert cache lives: "cuda", "cuda:1", "cpu" (no cache, all experts on the CPU), "emulated"
+            (the GPU's code path on CPU tensors) or "auto" (a GPU if there is one, else the CPU). The rest of the model
+            moves to a GPU that is chosen here.
+        gpu_memory: bound of the expert cache: bytes (int), "8GiB", "25%" or 0.25 (of all expert bytes), or "auto"
+            (the free device memory minus a reserve for KV cache and activations).
+        expert_format: "native" keeps the experts' dtype; "fp32", "bf16" or "fp16" store them so in host memory and
+            cache. A format that would change a weight needs `keep_original`.
+        cpu_threads: threads of the CPU experts; None for the number of physical cores.
+        cache_policy: which expert deserves a slot ("lru").
+        predictor: what foresees the next layer's experts: "next_gate" or "none".
+        prefetch: bring predicted experts into the cache before their layer runs.
+        emulated_link: GB/s of the emulated device's link; None copies as fast as memory allows.
+        keep_original: keep the original expert tensors in host memory, which a lossy `expert_format` needs.
+    """
+
+    device: str = "auto"
+    gpu_memory: int | float | str = "auto"
+    expert_format: str = "native"
+    cpu_threads: int | None = None
+    cache_policy: str = "lru"
+    predictor: str = "next_gate"
+    prefetch: bool = True
+    emulated_link: float | None = None
+    keep_original: bool = False
+
+    def __post_init__(self) -> None:
+        head, _, index = self.device.partition(":")
+        if head not in ("auto", "cpu", "cuda", "emulated") or (index and not (head == "cuda" and index.isdigit())):
+            raise ValueError(f"device={self.device!r} is unknown; use {DEVICES}")
+        parse_memory(self.gpu_memory, total=1 << 40)
+        if self.expert_format not in ("native", *FORMATS):
+            allowed = ", ".join(["native", *FORMATS])
+            raise ValueError(f"expert_format={self.expert_format!r} is unknown; use one of {allowed}")
+        if self.cpu_threads is not None and (isinstance(self.cpu_threads, bool) or self.cpu_threads < 1):
+            raise ValueError(f"cpu_threads={self.cpu_threads!r} must be at least 1, or None for the physical cores")
+        if self.emulated_link is not None and not self.emulated_link > 0:
+            raise ValueError(f"emulated_link={self.emulated_link!r} must be a positive number of GB/s, or None")
+
+
+def parse_memory(value: int | float | str, total: int) -> int | None:
+    """Bytes meant by a memory option, or None for "auto".
+
+    Args:
+        value: as `Options.gpu_memory`.
+        total: bytes of which a fraction or percentage is taken.
+
+    Raises:
+        ValueError: not one of the forms, negative, or zero.
+    """
+    refused = ValueError(f"memory {value!r} is not understood or not positive; use {MEMORY_FORMS}")
+    if value == "auto":
+        return None
+    if isinstance(value, str):
+        value = value.strip()
+        try:
+            if value.endswith("%"):
+                value = float(value[:-1]) / 100
+            else:
+                value = convert_file_size_to_int(value)
+        except ValueError:
+            raise refused from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise refused
+    if isinstance(value, float):
+        if value > 1:
+            raise refused
+        return int(value * total)
+    return value

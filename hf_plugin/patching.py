@@ -1,0 +1,197 @@
+"""`patch` and `unpatch`: the one line, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from moebius.gpu_cache.device import open_device
+from moebius.gpu_cache.policy import POLICIES
+from moebius.hf_plugin.discovery import ExpertsSite, find_sites
+from moebius.hf_plugin.gates import parent_of
+from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
+from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
+from moebius.kernels.experts import FORMATS, RecordLayout
+from moebius.predictors.routing import PREDICTORS
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_COMPILES = "_valid_auto_compile_criteria"  # of generation models: whether generate compiles and replays graphs
+
+
+def patch(model: Model, **options: Any) -> Model:
+    """Let the routed experts of `model` run through Moebius; everything else stays as it is.
+
+    The experts' weights move, layer by layer, from the model into host memory laid out for both processors; the rest of
+    the model moves to the GPU if one is used. `generate()` and all else work as before, except training.
+
+    Args:
+        model: a loaded Mixture-of-Experts model of transformers.
+        options: the fields of `moebius.Options`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model has no routed experts, is already patched, or cannot be patched (the message says why and
+            what to do), or an option has a bad value.
+        TypeError: an option is unknown.
+        RuntimeError: the device asked for is not there.
+    """
+    chosen = _options(options)
+    if is_patched(model):
+        raise ValueError("the model is already patched; call moebius.unpatch(model) first, then patch with new options")
+    sites = find_sites(model)
+    _check_budget(chosen, sites)
+    formats = [_format(site, chosen) for site in sites]
+    layers: list[PatchedLayer] = []
+    try:
+        for index, (site, format) in enumerate(zip(sites, formats, strict=True)):
+            layer = PatchedLayer(index, site, parent_of(model, site.name), format, chosen.keep_original)
+            layer.install()
+            layers.append(layer)
+        runtime = ModelRuntime(chosen, layers)
+        for layer in layers:
+            layer.runtime = runtime
+        _to_device(model, runtime)
+        runtime.open()
+    except BaseException:
+        _give_back(model, layers)
+        raise
+    for module in model.modules():
+        if hasattr(type(module), _COMPILES):  # a replayed graph would skip the CPU's part of every layer
+            module.__dict__[_COMPILES] = _never
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give `model` its experts back, byte for byte, and return all memory and threads that Moebius used.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    layers = _patched_layers(model)
+    if not layers:
+        raise ValueError("the model is not patched")
+    _give_back(model, layers)
+    for module in model.modules():
+        if module.__dict__.get(_COMPILES) is _never:
+            del module.__dict__[_COMPILES]
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any experts of `model` run through Moebius."""
+    return any(ATTRIBUTE in module.__dict__ for module in model.modules())
+
+
+def resize(model: Model, *, gpu_memory: int | float | str) -> Model:
+    """Change the cache's budget of a patched `model`; the cache starts empty.
+
+    Args:
+        gpu_memory: as in `moebius.Options`.
+
+    Raises:
+        ValueError: the model is not patched, has no cache, or the budget is bad; the cache is as before.
+    """
+    for runtime in runtimes(model):
+        runtime.resize(gpu_memory)
+    return model
+
+
+def runtimes(model: nn.Module) -> list[ModelRuntime]:
+    """The runtimes of the patched layers in `model`, one where it was patched as a whole.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found = list({id(layer.runtime): layer.runtime for layer in _patched_layers(model)}.values())
+    if not found:
+        raise ValueError("the model is not patched; call moebius.patch(model) first")
+    return found
+
+
+def _patched_layers(model: nn.Module) -> list[PatchedLayer]:
+    return [layer for module in model.modules() if (layer := module.__dict__.get(ATTRIBUTE)) is not None]
+
+
+def _options(options: dict[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")
+    chosen = Options(**options)
+    for name, value, allowed in (
+        ("cache_policy", chosen.cache_policy, tuple(POLICIES)),
+        ("predictor", chosen.predictor, PREDICTORS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+    return replace(chosen, device=resolve_device(chosen.device))
+
+
+def _check_budget(options: Options, sites: list[ExpertsSite]) -> None:
+    """Raise what the options alone show to be impossible, before anything is touched."""
+    if options.device == "cpu":
+        return
+    open_device(options.device, options.emulated_link).close()
+    sizes = [RecordLayout.of(site.spec, _format_name(site, options)).nbytes for site in sites]
+    total = sum(size * site.params.num_experts for size, site in zip(sizes, sites, strict=True))
+    wanted, least = parse_memory(options.gpu_memory, total), sum(set(sizes))
+    if wanted is not None and wanted < least:
+        raise ValueError(
+            f"gpu_memory={options.gpu_memory!r} is {wanted:,} bytes, less than one expert of each size ({least:,} bytes); "
+            f"all experts take {total:,} bytes: give more, or use device='cpu'"
+        )
+
+
+def _format_name(site: ExpertsSite, options: Options) -> str:
+    if options.expert_format != "native":
+        return options.expert_format
+    return next(name for name, dtype in FORMATS.items() if dtype == site.dtype)
+
+
+def _format(site: ExpertsSite, options: Options) -> str:
+    """The storage format of a site's experts, which must give its weights back byte for byte."""
+    name = _format_name(site, options)
+    if not options.keep_original and not all(_survives(t, FORMATS[name]) for t in site.tensors().values()):
+        raise ValueError(
+            f"expert_format={name!r} would change weights of {site.name!r} ({site.dtype}), so that unpatch could not "
+            "restore them; give keep_original=True, which keeps the originals in host memory, or expert_format='native'"
+        )
+    return name
+
+
+def _survives(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    if dtype == tensor.dtype:
+        return True
+    integer = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
+    return all(torch.equal(row.view(integer), row.to(dtype).to(row.dtype).view(integer)) for row in tensor)
+
+
+def _to_device(model: nn.Module, runtime: ModelRuntime) -> None:
+    """Move all but the experts to the accelerator, if the model is on the CPU as a whole."""
+    target = torch.device(runtime.options.device if runtime.options.device != "emulated" else "cpu")
+    devices = {p.device.type for p in model.parameters()} - {"meta"}
+    runtime.moved = target.type != "cpu" and devices == {"cpu"}
+    if runtime.moved:
+        model.to(target)
+
+
+def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
+    moved = False
+    for layer in reversed(layers):
+        layer.remove()
+        runtime = layer.__dict__.get("runtime")
+        if runtime is not None:
+            moved |= runtime.moved
+            runtime.release(layer)
+    if moved:
+        model.to("cpu")
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False

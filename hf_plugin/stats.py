@@ -1,0 +1,137 @@
+"""What a patched model did: counters a layer, their sums, and a table to read them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """Counters of one layer, or their sums.
+
+    Tokens count once a call; hits and misses count token-expert pairs, by whether the expert was in the cache when its
+    layer began; uploads and prefetches count experts. Times are in milliseconds of wall clock: `cpu_ms` and `gpu_ms`
+    while experts ran on either, `wait_ms` while the layer had nothing left to do but to wait for the device.
+    """
+
+    name: str = ""
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    uploads: int = 0
+    upload_bytes: int = 0
+    demand_fetches: int = 0
+    prefetch_issued: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
+    predicted: int = 0  # experts foreseen, distinct in a step
+    predicted_right: int = 0  # of these, used
+    predicted_of: int = 0  # experts used in steps with a prediction
+    predicted_absent: int = 0  # foreseen while not resident
+    predicted_absent_right: int = 0
+    cpu_ms: float = 0.0
+    gpu_ms: float = 0.0
+    wait_ms: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of token-expert pairs whose expert was resident; 0 before any."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def recall(self) -> float:
+        """Share of the used experts that the predictor had foreseen; 0 before any."""
+        return self.predicted_right / max(self.predicted_of, 1)
+
+    @property
+    def precision_absent(self) -> float:
+        """Share of the foreseen experts outside the cache that were used: what decides whether a prefetch pays."""
+        return self.predicted_absent_right / max(self.predicted_absent, 1)
+
+
+_COUNTERS = tuple(f.name for f in fields(LayerStats) if f.name != "name")
+
+
+def total(layers: Iterable[LayerStats]) -> LayerStats:
+    """The sum of all counters."""
+    sums = LayerStats("sum")
+    for layer in layers:
+        for name in _COUNTERS:
+            setattr(sums, name, getattr(sums, name) + getattr(layer, name))
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of a patched model's counters; `str()` gives a table, `to_dict()` plain data.
+
+    Args:
+        device: where the cache lives ("cpu" means there is none).
+        policy: the cache policy's name.
+        predictor: the routing predictor's name.
+        slots: experts that the cache can hold.
+        cache_bytes: bytes of all slots.
+        expert_bytes: bytes of all experts in host memory.
+        layers: counters of each layer.
+        notes: what a reader should know: fallbacks, layers without prediction, each with its reason.
+    """
+
+    device: str
+    policy: str
+    predictor: str
+    slots: int
+    cache_bytes: int
+    expert_bytes: int
+    layers: list[LayerStats]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sums(self) -> LayerStats:
+        """All layers together."""
+        return total(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sums at the top, then `layers`: the same counters for each layer, and what the table's title says."""
+        facts = {name: getattr(self, name) for name in ("device", "policy", "predictor", "slots", "cache_bytes")}
+        facts |= {"expert_bytes": self.expert_bytes, "notes": list(self.notes)}
+        rows = [{"name": layer.name, **_counters(layer)} for layer in self.layers]
+        # every layer sees every token, so that the sum over layers would count each of them many times
+        return {**_counters(self.sums), "tokens": max((r["tokens"] for r in rows), default=0), **facts, "layers": rows}
+
+    def __str__(self) -> str:
+        from moebius.hf_plugin.stats_table import render
+
+        return render(self)
+
+
+def _counters(layer: LayerStats) -> dict[str, Any]:
+    derived = {name: getattr(layer, name) for name in ("hit_rate", "recall", "precision_absent")}
+    return {name: getattr(layer, name) for name in _COUNTERS} | derived
+
+
+def stats(model: nn.Module) -> Stats:
+    """A snapshot of what the patched `model` has done since `patch` or `reset_stats`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    from moebius.hf_plugin.patching import runtimes
+
+    [runtime] = runtimes(model)
+    return runtime.stats()
+
+
+def reset_stats(model: nn.Module) -> None:
+    """Set all counters of the patched `model` to zero; what is in the cache stays there.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    from moebius.hf_plugin.patching import runtimes
+
+    [runtime] = runtimes(model)
+    runtime.reset_stats()

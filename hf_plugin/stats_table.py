@@ -1,0 +1,73 @@
+"""The table that `str(moebius.stats(model))` gives."""
+
+from __future__ import annotations
+
+import io
+
+from moebius.hf_plugin.stats import LayerStats, Stats
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 124
+_COLUMNS = (
+    "layer",
+    "tokens",
+    "hits",
+    "misses",
+    "hit %",
+    "uploads",
+    "MB up",
+    "prefetched",
+    "used",
+    "wasted",
+    "recall %",
+    "CPU ms",
+    "GPU ms",
+    "wait ms",
+)
+
+
+def render(stats: Stats) -> str:
+    """The statistics as text, one row a layer and one for the sum, `WIDTH` columns wide."""
+    console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)
+    console.print(table(stats))
+    for note in stats.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip("\n")
+
+
+def table(stats: Stats) -> Table:
+    """The statistics as a rich table."""
+    title = (
+        f"{stats.device}: {stats.slots} slots, {stats.cache_bytes / 2**20:.1f} of {stats.expert_bytes / 2**20:.1f} MiB "
+        f"of experts; policy {stats.policy}, predictor {stats.predictor}"
+    )
+    result = Table(title=title, title_justify="left")
+    for column in _COLUMNS:
+        result.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in stats.layers:
+        result.add_row(*_row(layer))
+    result.add_section()
+    result.add_row(*_row(stats.sums), style="bold")
+    return result
+
+
+def _row(layer: LayerStats) -> list[str]:
+    foreseen = f"{100 * layer.recall:.0f}" if layer.predicted_of else "-"
+    return [
+        layer.name,
+        f"{layer.tokens}",
+        f"{layer.hits}",
+        f"{layer.misses}",
+        f"{100 * layer.hit_rate:.0f}",
+        f"{layer.uploads}",
+        f"{layer.upload_bytes / 1e6:.1f}",
+        f"{layer.prefetch_issued}",
+        f"{layer.prefetch_used}",
+        f"{layer.prefetch_wasted}",
+        foreseen,
+        f"{layer.cpu_ms:.1f}",
+        f"{layer.gpu_ms:.1f}",
+        f"{layer.wait_ms:.1f}",
+    ]
