@@ -50,6 +50,11 @@ class ExpertsSite:
     def dtype(self) -> torch.dtype:
         return next(iter(self.tensors().values())).dtype
 
+    @property
+    def identity(self) -> int:
+        """Equal for modules that share their parameters."""
+        return id(self.owner._parameters[self.params.names[-1]])
+
 
 def find_sites(model: nn.Module) -> list[ExpertsSite]:
     """All routed experts of `model` in the order of its modules, verified one by one.

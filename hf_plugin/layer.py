@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
+_WEIGHTS = ("_parameters", "_placeholders", "_devices", "_surplus", "_kept", "store")  # what twins share
 _MISSING = object()
 _ids = itertools.count()
 
@@ -44,26 +45,38 @@ class PatchedLayer:
         parent: the module that holds it, where its router is.
         format: storage format of the experts.
         keep: keep the original tensors, so that unpatching returns them however lossy `format` is.
+        twin: an earlier layer with the same parameters (tied weights), whose store serves this one too.
     """
 
-    def __init__(self, index: int, site: ExpertsSite, parent: nn.Module, format: str, keep: bool) -> None:
+    def __init__(
+        self, index: int, site: ExpertsSite, parent: nn.Module, format: str, keep: bool, twin: PatchedLayer | None
+    ) -> None:
         self.index, self.name = index, site.name
         self.runtime: ModelRuntime  # set when the model's layers are complete
         self.gate = LayerGate(parent, site.params.num_experts)
         self._convention, self._identity_experts = site.convention, site.identity_experts
         self._arguments = _argument_names(site.module)
         self._module, self._owner = ref(site.module), ref(site.owner)
-        tensors = site.tensors()
         self._params, self._dtype = site.params, site.dtype
-        self._parameters = {name: site.owner._parameters[name] for name in tensors}
-        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._saved: dict[str, Any] = {}
+        if twin is None:
+            self._take(site, format, keep)
+        else:
+            for name in _WEIGHTS:
+                setattr(self, name, getattr(twin, name))
+        self._register()
+
+    def _take(self, site: ExpertsSite, format: str, keep: bool) -> None:
+        tensors = site.tensors()
+        self._parameters: dict[str, nn.Parameter] = {name: site.owner._parameters[name] for name in tensors}
+        self._placeholders: dict[str, nn.Parameter] = {
+            name: _placeholder(tensor.shape, tensor.dtype, self._parameters[name]) for name, tensor in tensors.items()
+        }
         self._devices = {name: tensor.device for name, tensor in tensors.items()}
         self._surplus = {name: rows.clone() for name, rows in site.params.surplus(tensors).items()}
         self._kept = tensors if keep else None
-        self._saved: dict[str, Any] = {}
         self.store = ExpertStore.empty(site.spec, RecordLayout.of(site.spec, format), site.params.num_experts)
         copy_weights(self.store.layout.view(self.store.records), site.params.views(tensors))
-        self._register()
 
     def _register(self) -> None:
         self.id = next(_ids)
@@ -80,8 +93,7 @@ class PatchedLayer:
         for name in _STATE_METHODS:
             owner.__dict__[name] = getattr(self, name)
         for name, parameter in self._parameters.items():
-            placeholder = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
-            owner._parameters[name] = nn.Parameter(placeholder, parameter.requires_grad)
+            owner._parameters[name] = self._placeholders[name]
             parameter.data = torch.empty(0, dtype=self._dtype, device=parameter.device)
 
     def remove(self) -> None:
@@ -103,8 +115,8 @@ class PatchedLayer:
         if self._kept is not None:
             return {name: tensor.clone() for name, tensor in self._kept.items()}
         result = {
-            name: torch.empty(shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
-            for name, shape in self._shapes.items()
+            name: torch.empty(p.shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
+            for name, p in self._placeholders.items()
         }
         copy_weights(self._params.views(result), self.store.layout.view(self.store.records))
         for name, rows in self._surplus.items():
@@ -181,9 +193,9 @@ class PatchedLayer:
         self.store, self._dtype = store, dtype
         self.runtime.replace_store(self.index, store)
         owner = self._owner()
-        for name, parameter in self._parameters.items():
-            placeholder = torch.empty(self._shapes[name], dtype=dtype, device="meta")
-            owner._parameters[name] = nn.Parameter(placeholder, owner._parameters[name].requires_grad)
+        self._placeholders = {n: _placeholder(p.shape, dtype, p) for n, p in self._placeholders.items()}
+        owner._parameters.update(self._placeholders)
+        for parameter in self._parameters.values():
             parameter.data = parameter.data.to(dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -203,7 +215,8 @@ class PatchedLayer:
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
         new._module, new._owner = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
-        new._parameters = {name: copy.deepcopy(p, memo) for name, p in self._parameters.items()}
+        new._parameters = copy.deepcopy(self._parameters, memo)
+        new._placeholders = copy.deepcopy(self._placeholders, memo)
         new._kept = None if self._kept is None else {name: tensor.clone() for name, tensor in self._kept.items()}
         new.gate = self.gate.copied(memo)
         spec = replace(self.store.spec, post_norm=copy.deepcopy(self.store.spec.post_norm, memo))
@@ -222,6 +235,10 @@ def copy_weights(target: ExpertWeights, source: ExpertWeights) -> None:
     for to, part in zip(target, source, strict=True):
         if to is not None:
             to.copy_(part)
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), like.requires_grad)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -49,11 +49,14 @@ def patch(model: Model, **options: Any) -> Model:
     _check_budget(chosen, sites)
     formats = [_format(site, chosen) for site in sites]
     layers: list[PatchedLayer] = []
+    owners: dict[int, PatchedLayer] = {}  # by identity of the weights: models may tie the experts of two modules
     try:
         for index, (site, format) in enumerate(zip(sites, formats, strict=True)):
-            layer = PatchedLayer(index, site, parent_of(model, site.name), format, chosen.keep_original)
+            parent, identity = parent_of(model, site.name), site.identity
+            layer = PatchedLayer(index, site, parent, format, chosen.keep_original, owners.get(identity))
             layer.install()
             layers.append(layer)
+            owners[identity] = layer
         runtime = ModelRuntime(chosen, layers)
         for layer in layers:
             layer.runtime = runtime
