@@ -15,6 +15,7 @@ from statistics import median
 
 import numpy as np
 import torch
+
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin import machine

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
+from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,

@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 import torch
-from moebius.hf_plugin import machine
-from moebius.hf_plugin.memory_read import read_bandwidth
-from moebius.kernels.numba.jit import cache_folder
 from packaging.version import Version
 
 from moebius import __version__
+from moebius.hf_plugin import machine
+from moebius.hf_plugin.memory_read import read_bandwidth
+from moebius.kernels.numba.jit import cache_folder
 
 OLDEST_TRANSFORMERS = "5.17"
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "numba", "llvmlite", "numpy", "safetensors", "kernels")

@@ -8,6 +8,7 @@ from statistics import median
 from types import TracebackType
 
 import numpy as np
+
 from moebius.kernels.numba.jit import entry
 
 DEFAULT_CACHE_BYTES = 64 << 20  # where the system does not tell the last-level cache's size

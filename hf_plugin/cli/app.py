@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from moebius.hf_plugin.cli import bench, demo, doctor
-from moebius.hf_plugin.cli.console import err
 
 from moebius import __version__
+from moebius.hf_plugin.cli import bench, demo, doctor
+from moebius.hf_plugin.cli.console import err
 
 app = typer.Typer(
     help="Mixture-of-Experts models of transformers on CPU and GPU together.",

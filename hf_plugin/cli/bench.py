@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+
 from moebius.hf_plugin import bench_experts, bench_generate, doctor, machine
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
 from moebius.hf_plugin.generation import require_model
 from moebius.kernels.experts import FORMATS
-from rich.table import Table
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 

@@ -9,6 +9,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import moebius
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out
 from moebius.hf_plugin.generation import (
     TIE_MARGIN,
@@ -18,12 +24,6 @@ from moebius.hf_plugin.generation import (
     generate_greedily,
     require_model,
 )
-from rich.panel import Panel
-from rich.syntax import Syntax
-from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-import moebius
 
 PROMPT = '''import os
 import sys

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.table import Table
+
 from moebius.hf_plugin.cli.console import err, out, print_json
 from moebius.hf_plugin.doctor import Finding, Report, examine
-from rich.table import Table
 
 GIB = 1 << 30
 
