@@ -101,7 +101,7 @@ def prepare(
     tokens = x.shape[0]
     stride = -(-int(layer.words[words.INTERMEDIATE]) // 16) * 16
     pairs = len(routes.tokens)
-    scratch = allocate(2 * pairs * stride + (0 if x.dtype == torch.float32 else x.numel()))
+    scratch = allocate(pairs * stride + (0 if x.dtype == torch.float32 else x.numel()))
     job = np.zeros(words.JOB_WORDS + 8, np.int64)
     job = job[(-job.ctypes.data // 8) % 8 :][: words.JOB_WORDS]  # counters on cache lines of their own
     status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], tokens, out.data_ptr(),

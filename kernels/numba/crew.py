@@ -16,7 +16,7 @@ from moebius.kernels.numba.memory import (
     futex_wait,
     futex_wake,
     pause,
-    yield_processor,
+    wait_briefly,
 )
 
 # Words of the shared memory; those that different threads write are a cache line (8 words) apart.
@@ -65,11 +65,7 @@ def launch(crew, function, job):  # type: ignore[no-untyped-def]
     atomic_store(crew + _W * OPEN, 0)
     waited = 0
     while atomic_load(crew + _W * INSIDE):
-        waited += 1
-        if waited % 256:
-            pause()
-        else:
-            yield_processor()  # a worker may have lost its processor in the middle of a unit
+        waited = wait_briefly(waited)
 
 
 @entry("void(int64)")

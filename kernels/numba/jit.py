@@ -1,4 +1,4 @@
-"""The only two ways in which this package compiles: `helper` for callees, `entry` for what is called from outside.
+"""How this package compiles: `helper` for callees, `entry` for what is called from outside, `intrinsic` for LLVM.
 
 Decorating costs nothing and touches no disk. An entry is compiled, or loaded from disk, at its first use. Numba's own
 cache notices an edit of the cached function's file only, so the folder is keyed by a hash of *all* kernel sources, of
@@ -21,7 +21,7 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core import config
+import numba.extending
 from numba.core.registry import cpu_target
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,10 @@ FASTMATH = {"contract", "nsz"}
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
 
 _compiling = threading.RLock()
+_config: Any = numba.core.config
 
-helper = numba.njit(**_OPTIONS)  # without a signature: compiled as a part of the entries that call it
+intrinsic: Any = numba.extending.intrinsic  # Numba passes the typing context, which type checkers do not know
+helper: Any = numba.njit(**_OPTIONS)  # without a signature: compiled as a part of the entries that call it
 
 
 class Entry:
@@ -54,16 +56,16 @@ class Entry:
             return self.__dict__.get("compiled") or self._compile()
 
     def _compile(self) -> Any:
-        folder, previous = cache_folder(), config.CACHE_DIR
+        folder, previous = cache_folder(), _config.CACHE_DIR
         if folder is not None:
-            config.CACHE_DIR = str(folder / f"{self.function.__module__}.{self.function.__qualname__}")
+            _config.CACHE_DIR = str(folder / f"{self.function.__module__}.{self.function.__qualname__}")
         try:
             if self.callback:
                 options = {key: value for key, value in _OPTIONS.items() if key != "nogil"}
                 return numba.cfunc(self.signature, cache=folder is not None, **options)(self.function)
             return numba.njit(self.signature, cache=folder is not None, **_OPTIONS)(self.function)
         finally:
-            config.CACHE_DIR = previous
+            _config.CACHE_DIR = previous
 
     @cached_property
     def address(self) -> int:

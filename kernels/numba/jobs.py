@@ -49,7 +49,7 @@ def fill(  # type: ignore[no-untyped-def]
         return status
     plane = stride * len(tokens)
     if x_kind:
-        wide = scratch[2 * plane :]
+        wide = scratch[plane:]
         if x_kind == 1:
             _to_fp32(x, wide, num_tokens * layer[words.HIDDEN], np.uint16(0))
         else:
@@ -57,8 +57,7 @@ def fill(  # type: ignore[no-untyped-def]
         x = address_of(wide)
     job[words.NEXT], job[words.DONE] = 0, 0
     job[words.LAYER], job[words.X], job[words.OUT] = address_of(layer), x, out
-    job[words.FIRST], job[words.SECOND] = address_of(scratch), address_of(scratch) + 4 * plane
-    job[words.STRIDE], job[words.ACTIVE] = stride, len(experts)
+    job[words.INNER], job[words.STRIDE], job[words.ACTIVE] = address_of(scratch), stride, len(experts)
     job[words.EXPERTS], job[words.OFFSETS] = address_of(experts), address_of(offsets)
     job[words.TOKENS], job[words.WEIGHTS] = address_of(tokens), address_of(weights)
     return 0

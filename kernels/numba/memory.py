@@ -8,7 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from moebius.kernels.numba.jit import helper, intrinsic
 
 _ORDER = "seq_cst"
 FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}  # Linux: number of the system call, by machine
@@ -70,6 +71,21 @@ def address_of(typingctx, array):  # type: ignore[no-untyped-def]
         return builder.ptrtoint(data, ir.IntType(64))
 
     return types.int64(array), codegen
+
+
+@intrinsic(prefer_literal=True)
+def reserve(typingctx, nbytes):  # type: ignore[no-untyped-def]
+    """Address of a constant number of bytes on the calling function's stack, on a cache line of their own."""
+    if not isinstance(nbytes, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        with builder.goto_entry_block():
+            space = builder.alloca(ir.ArrayType(ir.IntType(8), nbytes.literal_value))
+            space.align = 64
+        return builder.ptrtoint(space, ir.IntType(64))
+
+    return types.int64(nbytes), codegen
 
 
 def _word(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -181,8 +197,18 @@ def yield_processor(typingctx):  # type: ignore[no-untyped-def]
     """Let another thread run that waits for this processor."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        name = "SwitchToThread" if "windows" in builder.module.triple else "sched_yield"
+        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), []), name), [])
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@helper
+def wait_briefly(waited):  # type: ignore[no-untyped-def]
+    """One step of waiting for a thread that is at work; it may have lost its processor, so sometimes give ours."""
+    if waited % 256 == 255:
+        yield_processor()
+    else:
+        pause()
+    return waited + 1

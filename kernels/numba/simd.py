@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
-from numba.extending import intrinsic
+
+from moebius.kernels.numba.jit import intrinsic
 
 LANES = 16
 _I1, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -42,7 +43,7 @@ def _lanes(value: int | float, element: ir.Type) -> ir.Constant:
 
 
 def _memory_type(witness: types.Type) -> ir.Type:
-    return {types.float32: _F32, types.uint16: _I16, types.int16: _F16}[witness]
+    return {types.float32: _F32, types.uint16: _I16, types.int16: _F16}[witness]  # type: ignore[index]
 
 
 def _widen(builder: ir.IRBuilder, value: ir.Value, witness: types.Type) -> ir.Value:
@@ -111,6 +112,12 @@ def store(typingctx, address, value):  # type: ignore[no-untyped-def]
 def zeros(typingctx):  # type: ignore[no-untyped-def]
     """Sixteen zeros."""
     return f32x16(), lambda context, builder, signature, args: _lanes(0.0, _F32)
+
+
+@intrinsic
+def add(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a + b."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 @intrinsic

@@ -16,6 +16,6 @@ LAYER_WORDS = 20
 # Job: two counters on cache lines of their own, then addresses.
 NEXT = 0  # next unit of work that nobody has taken
 DONE = 8  # finished units of the first phase
-LAYER, X, OUT, FIRST, SECOND, STRIDE = 16, 17, 18, 19, 20, 21  # FIRST, SECOND: fp32 [P, STRIDE], pre-activations
-ACTIVE, EXPERTS, OFFSETS, TOKENS, WEIGHTS = 22, 23, 24, 25, 26
+LAYER, X, OUT, INNER, STRIDE = 16, 17, 18, 19, 20  # INNER: fp32 [P, STRIDE], the activated intermediate
+ACTIVE, EXPERTS, OFFSETS, TOKENS, WEIGHTS = 21, 22, 23, 24, 25
 JOB_WORDS = 32
