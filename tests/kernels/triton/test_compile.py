@@ -1,0 +1,79 @@
+"""What the interpreter accepts must also compile: all launches of a layer, for real targets, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from moebius.kernels.triton import experts
+from moebius.kernels.triton.config import INTERPRETED
+from tests.kernels.triton.cases import ACTIVATIONS, make_case, random_ids
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")]
+
+# Shared memory that a block may use on the smallest card of the generation, bytes
+TARGETS = {
+    "turing": (GPUTarget("cuda", 75, 32), 64 << 10),
+    "ada": (GPUTarget("cuda", 89, 32), 99 << 10),
+    "hopper": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "mi300": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+class NoDriver:
+    """Stands for a GPU of some target that nothing is launched on."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[tuple[str, Any]]:
+    """Launches compile and are listed as (kernel, compiled) instead of run."""
+    compiled: list[tuple[str, Any]] = []
+
+    def launcher(kernel: JITFunction, grid: object) -> Any:
+        return lambda *args, **kwargs: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "__getitem__", launcher)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return compiled
+
+
+@pytest.mark.parametrize("tokens", [1, experts.DECODE_TOKENS + 1], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("target", "format"),
+    [("turing", "fp32"), ("turing", "fp16"), ("ada", "fp32"), ("ada", "bf16"), ("hopper", "bf16"), ("mi300", "bf16")],
+)
+def test_kernels_compile(launches, monkeypatch, target, format, tokens):
+    """Code that only the interpreter understands, or a tile too large for the card."""
+    device, shared = TARGETS[target]
+    monkeypatch.setattr(driver, "_active", NoDriver(device))
+    case = make_case(random_ids(tokens, 2), 256, 96, activation=ACTIVATIONS["gpt_oss"], format=format)
+    experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    assert len(launches) == (2 if tokens == 1 else 3)
+    for name, kernel in launches:
+        assert kernel.metadata.shared <= shared, name
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_compile(launches, monkeypatch, name):
+    monkeypatch.setattr(driver, "_active", NoDriver(TARGETS["ada"][0]))
+    gated = name != "relu2"
+    case = make_case(random_ids(1, 2), 64, 64, gated=gated, activation=ACTIVATIONS[name], dtype=torch.float32)
+    experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    assert [kernel for kernel, _ in launches] == ["intermediate_kernel", "down_kernel"]
