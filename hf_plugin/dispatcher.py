@@ -132,6 +132,7 @@ def _prefetch(runtime: ModelRuntime, cache: ExpertCache, index: int, x: torch.Te
     predicted = runtime.predictor.predict(index, x)
     if predicted is None:
         return
+    predicted = predicted[(predicted >= 0) & (predicted < runtime.stores[index + 1].num_experts)]
     resident = cache.visible(index + 1, predicted)
     runtime.pending.__dict__[index + 1] = (predicted, resident)
     cache.prefetch(index + 1, predicted[~resident])

@@ -65,33 +65,46 @@ class LayerGate:
         self.reason = f"no gate prediction: the router {failures[-1]}" if failures else "no gate prediction: no router"
 
     def _candidates(self, parent: nn.Module, k: int) -> Iterator[Gate]:
-        route = getattr(type(parent), "route_tokens_to_experts", None)
+        route, owner = getattr(type(parent), "route_tokens_to_experts", None), ref(parent)
         for router in parent.children():
             known = any(p.ndim == 2 and p.shape[0] >= self._num_experts for p in router.parameters())
-            if not known or len(_required(router)) != 1:
+            extra = _extra_arguments(router, parent)
+            if not known or extra is None:
                 continue
-            forward = partial(type(router).forward, router)
-            yield lambda x, forward=forward: _ids(forward(x), k)
-            yield lambda x, forward=forward: _ids(forward(x[None]), k)
+            forward = partial(type(router).forward, router, **extra)
+            yield lambda x, forward=forward: _ids(forward(x), k, self._num_experts)
+            yield lambda x, forward=forward: _ids(forward(x[None]), k, self._num_experts)
             if route is not None:
-                owner = ref(parent)
-                yield lambda x, forward=forward: _ids(route(owner(), forward(x)), k)
+                yield lambda x, forward=forward: _ids(route(owner(), forward(x)), k, self._num_experts)
 
 
-def _required(module: nn.Module) -> list[str]:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+def _extra_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any] | None:
+    """What the router takes beside the hidden states, from the parent's attributes of those names (its selection bias).
+
+    None where something it requires is not there.
+    """
+    arguments = {}
+    for parameter in list(inspect.signature(type(router).forward).parameters.values())[2:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if hasattr(parent, parameter.name):
+            arguments[parameter.name] = getattr(parent, parameter.name)
+        elif parameter.default is parameter.empty:
+            return None
+    return arguments
 
 
 @torch.no_grad()
-def _ids(output: torch.Tensor | tuple[torch.Tensor, ...], k: int) -> torch.Tensor:
-    """Expert ids [T, k] out of what a router returns: ids as they are, else the largest of its scores."""
+def _ids(output: torch.Tensor | tuple[torch.Tensor, ...], k: int, num_experts: int) -> torch.Tensor:
+    """Expert ids [T, k] out of what a router returns: ids as they are, else the largest of its scores.
+
+    Ids beyond the routed experts become E: no expert.
+    """
     tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
     for tensor in tensors:
         if not tensor.is_floating_point() and tensor.shape[-1] == k:
-            return tensor.reshape(-1, k)
-    return tensors[0].flatten(0, -2).topk(k, dim=-1).indices
+            return tensor.reshape(-1, k).clamp(max=num_experts)
+    return tensors[0].flatten(0, -2).topk(k, dim=-1).indices.clamp(max=num_experts)
 
 
 def _agreement(found: torch.Tensor, ids: torch.Tensor) -> float:
