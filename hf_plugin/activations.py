@@ -12,9 +12,10 @@ from itertools import product
 from math import inf, isfinite
 
 import torch
+from torch import nn
+
 from moebius.kernels.experts import Act, Activation
 from moebius.kernels.reference import activate
-from torch import nn
 
 _PROBES = 512
 _RANGE = 40.0  # beyond every limit seen in a checkpoint (7 to 30), so that clamping shows

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from moebius.kernels.experts import ExpertWeights
 from torch import nn
+
+from moebius.kernels.experts import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
@@ -20,7 +21,9 @@ REPEATS = 3
 BUDGET_S = 1.5  # the whole measurement stays below two seconds; compiling kernels on their first use is not counted
 
 
-def calibrate(executor: CpuExecutor, cache: ExpertCache, stores: Sequence[ExpertStore], device: torch.device) -> CostModel:
+def calibrate(
+    executor: CpuExecutor, cache: ExpertCache, stores: Sequence[ExpertStore], device: torch.device
+) -> CostModel:
     """Time the first layer's experts, which stand for all of them, and refine while running.
 
     The experts fetched for this stay in the cache, as a first guess as good as any.

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from moebius.hf_plugin.activations import recognise
 from moebius.hf_plugin.adapters import Convention, ExpertParams, convention, expert_params
 from moebius.kernels.experts import FORMATS, Act, Activation, ExpertSpec, ExpertWeights
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import build_routes
-from torch import nn
 
 PROBE_TOKENS = 3
 # ||ours - stock|| / ||stock|| of a layer's output on random inputs; a wrong layout or formula gives about 1
@@ -107,8 +108,8 @@ def _check_state(
         raise ValueError(f"{where} is split over processes (tensor or expert parallel); load the model without tp_plan")
     if "parametrizations" in module._modules or _lora_on_experts(model, name):
         raise ValueError(
-            f"{where} carries an adapter on its expert weights, which Moebius would ignore; merge it (merge_and_unload) "
-            "or remove it, then patch"
+            f"{where} carries an adapter on its expert weights, which Moebius would ignore; merge it "
+            "(merge_and_unload) or remove it, then patch"
         )
     for key, tensor in tensors.items():
         if tensor.device.type == "meta":
@@ -153,9 +154,7 @@ def _spec(module: nn.Module, owner: nn.Module, params: ExpertParams) -> ExpertSp
     )
 
 
-def _gate_function(
-    module: nn.Module, owner: nn.Module, params: ExpertParams
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gate_function(module: nn.Module, owner: nn.Module, params: ExpertParams) -> Callable[[torch.Tensor], torch.Tensor]:
     """The module's own code from [n, 2I] (gates, then ups; [n, I] where ungated) to [n, I]."""
     own = getattr(module, "_apply_gate", None)
     if own is not None and params.gated:
@@ -176,7 +175,7 @@ def _gate_function(
 
 
 def _verify(site: ExpertsSite) -> None:
-    """Run the module's own forward on a few random tokens and compare: a surprise is refused, never computed wrongly."""
+    """Run the module's own forward on a few random tokens and compare: refuse a surprise, never compute it wrongly."""
     device = next(iter(site.tensors().values())).device
     generator = torch.Generator().manual_seed(0)
     e, h = site.params.num_experts, site.params.hidden
@@ -224,7 +223,12 @@ def reference_output(site: ExpertsSite, x: torch.Tensor, ids: torch.Tensor, weig
 
 
 def _add_experts(
-    site: ExpertsSite, experts: ExpertWeights, x: torch.Tensor, ids: torch.Tensor, weights: np.ndarray, out: torch.Tensor
+    site: ExpertsSite,
+    experts: ExpertWeights,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: np.ndarray,
+    out: torch.Tensor,
 ) -> None:
     e = site.params.num_experts
     routes = build_routes(np.minimum(ids.numpy(), e), weights, e)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.kernels.routes import Routes, build_routes, select
 
@@ -51,9 +52,7 @@ def run_layer(
     return _on_both(runtime, runtime.cache, layer, step, out)
 
 
-def to_host(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     """Hidden states, ids and float32 weights in host memory, by one copy where they are on a device."""
     if x.device.type == "cpu":
         return x.contiguous(), ids.numpy(), weights.float().numpy()
@@ -114,9 +113,7 @@ def _fetch(runtime: ModelRuntime, cache: ExpertCache, index: int, routes: Routes
         slots[chosen] = cache.fetch(index, routes.experts[chosen])
 
 
-def _merge(
-    runtime: ModelRuntime, index: int, launch: object, out: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
+def _merge(runtime: ModelRuntime, index: int, launch: object, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if launch is None:
         return out.to(x.device, x.dtype)
     begun = perf_counter()

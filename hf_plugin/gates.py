@@ -16,8 +16,9 @@ from weakref import ref
 
 import numpy as np
 import torch
-from moebius.predictors.routing import MAX_TOKENS, Gate
 from torch import nn
+
+from moebius.predictors.routing import MAX_TOKENS, Gate
 
 _AGREEMENT = 0.99  # share of ids that must agree; below 1 only because ties may break either way
 
@@ -115,4 +116,3 @@ def _agreement(found: torch.Tensor, ids: torch.Tensor) -> float:
 def parent_of(model: nn.Module, name: str) -> nn.Module:
     """The module that holds the one called `name`, where its router is."""
     return model.get_submodule(name.rpartition(".")[0])
-

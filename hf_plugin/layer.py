@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
+from torch import nn
+
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.adapters import Convention
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.hf_plugin.gates import LayerGate
 from moebius.hf_plugin.op import LAYERS, experts
 from moebius.kernels.experts import FORMATS, ExpertWeights, RecordLayout
-from torch import nn
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
@@ -183,8 +184,9 @@ class PatchedLayer:
         format = next((name for name, known in FORMATS.items() if known == dtype), None)
         if format is None or self._kept is not None or self.store.layout.dtype != self._dtype:
             raise RuntimeError(
-                f"the patched experts of {self.name!r} are {self._dtype} stored as {self.store.layout.format} and cannot "
-                f"become {dtype}: unpatch the model, convert it, and patch it again (experts can be {', '.join(FORMATS)})"
+                f"the patched experts of {self.name!r} are {self._dtype}, stored as {self.store.layout.format}, and "
+                f"cannot become {dtype}: unpatch the model, convert it, and patch it again "
+                f"(experts can be {', '.join(FORMATS)})"
             )
         spec = self.store.spec
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
@@ -205,7 +207,9 @@ class PatchedLayer:
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in self._parameters):
-            raise RuntimeError(f"cannot load weights into the patched experts of {self.name!r}: unpatch the model first")
+            raise RuntimeError(
+                f"cannot load weights into the patched experts of {self.name!r}: unpatch the model first"
+            )
         owner = self._owner()
         type(owner)._load_from_state_dict(owner, state_dict, prefix, *args)
 
@@ -227,7 +231,9 @@ class PatchedLayer:
         return new
 
     def __reduce__(self) -> Any:
-        raise TypeError("a patched model cannot be pickled: unpatch it first, or use save_pretrained, which works patched")
+        raise TypeError(
+            "a patched model cannot be pickled: unpatch it first, or use save_pretrained, which works patched"
+        )
 
 
 def copy_weights(target: ExpertWeights, source: ExpertWeights) -> None:

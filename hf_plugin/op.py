@@ -1,7 +1,7 @@
 """The routed experts of a patched layer as one opaque operator, for the compiler and for autograd.
 
-`torch.compile` sees one node with known shapes instead of Python that it would have to trace; CUDA-graph capture is told
-to leave it out, since a replay would skip the CPU's half. A backward pass raises instead of losing gradients.
+`torch.compile` sees one node with known shapes instead of Python that it would have to trace; CUDA-graph capture is
+told to leave it out, since a replay would skip the CPU's half. A backward pass raises instead of losing gradients.
 """
 
 from __future__ import annotations

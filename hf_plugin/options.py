@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from accelerate.utils import convert_file_size_to_int
+
 from moebius.kernels.experts import FORMATS
 
 DEVICES = '"auto", "cpu", "cuda", "cuda:<n>" or "emulated"'
@@ -71,10 +72,7 @@ def parse_memory(value: int | float | str, total: int) -> int | None:
     if isinstance(value, str):
         value = value.strip()
         try:
-            if value.endswith("%"):
-                value = float(value[:-1]) / 100
-            else:
-                value = convert_file_size_to_int(value)
+            value = float(value[:-1]) / 100 if value.endswith("%") else convert_file_size_to_int(value)
         except ValueError:
             raise refused from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites
@@ -16,7 +17,6 @@ from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
 from moebius.kernels.experts import FORMATS, RecordLayout
 from moebius.predictors.routing import PREDICTORS
-from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -146,8 +146,8 @@ def _check_budget(options: Options, sites: list[ExpertsSite]) -> None:
     wanted, least = parse_memory(options.gpu_memory, total), sum(set(sizes))
     if wanted is not None and wanted < least:
         raise ValueError(
-            f"gpu_memory={options.gpu_memory!r} is {wanted:,} bytes, less than one expert of each size ({least:,} bytes); "
-            f"all experts take {total:,} bytes: give more, or use device='cpu'"
+            f"gpu_memory={options.gpu_memory!r} is {wanted:,} bytes, less than one expert of each size "
+            f"({least:,} bytes); all experts take {total:,} bytes: give more, or use device='cpu'"
         )
 
 

@@ -12,6 +12,7 @@ from weakref import ref
 
 import psutil
 import torch
+
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
@@ -65,7 +66,9 @@ class ModelRuntime:
         if self.options.device == "cpu" or not self.options.prefetch or self.options.predictor == "none":
             return NoPrediction()
         layers = self.layers  # replaced in place by `adopt`; the runtime itself must not be held
-        return NextGate([lambda i=i: None if (layer := layers[i]()) is None else layer.gate() for i in range(len(layers))])
+        return NextGate(
+            [lambda i=i: None if (layer := layers[i]()) is None else layer.gate() for i in range(len(layers))]
+        )
 
     # ---- lifetime
 

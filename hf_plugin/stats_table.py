@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
-from moebius.hf_plugin.stats import LayerStats, Stats
 from rich.console import Console
 from rich.table import Table
+
+from moebius.hf_plugin.stats import LayerStats, Stats
 
 WIDTH = 124
 _COLUMNS = (

@@ -129,7 +129,7 @@ class RecordLayout:
         return -(-used // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
     def view(self, records: torch.Tensor) -> ExpertWeights:
-        """Views into records (uint8 [..., nbytes], the last dimension contiguous), without a copy: parts [..., shape]."""
+        """Views into records (uint8 [..., nbytes], contiguous in the last dimension): parts [..., shape], no copy."""
         flat, offsets = records.view(self.dtype), self.offsets()
         parts = {
             name: flat[..., offsets[name] : offsets[name] + prod(shape)].unflatten(-1, shape)

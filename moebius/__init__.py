@@ -13,9 +13,9 @@ from typing import Any as _Any
 
 # In a checkout (bare or installed with `pip install -e`) the sub-packages are siblings of this folder: the five
 # folders have no __init__.py, so that none of them can shadow another distribution's top-level name.
-_root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
-if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile(_os.path.join(_root, "pyproject.toml")):
-    __path__.append(_root)
+_here = _os.path.dirname(_os.path.abspath(__file__))
+if not _os.path.isdir(_os.path.join(_here, "kernels")):
+    __path__.append(_os.path.dirname(_here))
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""Which experts the next layer will need: routing predictors behind one protocol, and the record of how right they are."""
+"""Which experts the next layer will need: predictors behind one protocol, and the record of how right they are."""
 
 from __future__ import annotations
 
