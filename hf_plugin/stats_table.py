@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,7 @@ _COLUMNS = (
     "hit %",
     "uploads",
     "MB up",
-    "prefetched",
+    "prefetch",
     "used",
     "wasted",
     "recall %",
@@ -46,18 +47,28 @@ def table(stats: Stats) -> Table:
     )
     result = Table(title=title, title_justify="left")
     for column in _COLUMNS:
-        result.add_column(column, justify="left" if column == "layer" else "right")
-    for layer in stats.layers:
-        result.add_row(*_row(layer))
+        result.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer, name in zip(stats.layers, _short([layer.name for layer in stats.layers]), strict=True):
+        result.add_row(*_row(layer, name))
     result.add_section()
-    result.add_row(*_row(stats.sums), style="bold")
+    result.add_row(*_row(stats.sums, "sum"), style="bold")
     return result
 
 
-def _row(layer: LayerStats) -> list[str]:
+def _short(names: list[str]) -> list[str]:
+    """Names without what they all share: ``model.layers.7.mlp.experts`` becomes ``7``."""
+    if len(names) < 2:
+        return names
+    parts = [name.split(".") for name in names]
+    start = len(os.path.commonprefix(parts))
+    end = len(os.path.commonprefix([part[::-1] for part in parts]))
+    return [".".join(part[start : len(part) - end]) for part in parts]
+
+
+def _row(layer: LayerStats, name: str) -> list[str]:
     foreseen = f"{100 * layer.recall:.0f}" if layer.predicted_of else "-"
     return [
-        layer.name,
+        name,
         f"{layer.tokens}",
         f"{layer.hits}",
         f"{layer.misses}",
