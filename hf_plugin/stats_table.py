@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+from itertools import takewhile
 
 from rich.console import Console
 from rich.table import Table
@@ -60,9 +60,13 @@ def _short(names: list[str]) -> list[str]:
     if len(names) < 2:
         return names
     parts = [name.split(".") for name in names]
-    start = len(os.path.commonprefix(parts))
-    end = len(os.path.commonprefix([part[::-1] for part in parts]))
+    start, end = (_shared(side) for side in (parts, [part[::-1] for part in parts]))
     return [".".join(part[start : len(part) - end]) for part in parts]
+
+
+def _shared(parts: list[list[str]]) -> int:
+    """How many leading elements all lists have in common."""
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
 
 
 def _row(layer: LayerStats, name: str) -> list[str]:
