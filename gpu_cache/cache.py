@@ -160,6 +160,10 @@ class ExpertCache:
             self._pools = self._make_pools(former)
             raise
 
+    def free_memory(self) -> int:
+        """Bytes that the device could allocate now, besides those of the slots."""
+        return self._device.free_memory()
+
     def close(self) -> None:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
         self._give_back()

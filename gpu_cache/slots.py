@@ -108,10 +108,8 @@ def divide(slots: int, experts: Sequence[int]) -> np.ndarray:
     slots = min(slots, int(room.sum()))
     while slots:
         hungry = np.flatnonzero(shares < room)
-        each, rest = divmod(slots, len(hungry))
-        extra = np.full(len(hungry), each)
-        extra[:rest] += 1
-        extra = np.minimum(extra, (room - shares)[hungry])
+        each = slots // len(hungry)
+        extra = np.minimum(each, (room - shares)[hungry]) if each else np.arange(len(hungry)) < slots
         shares[hungry] += extra
         slots -= int(extra.sum())
     return shares

@@ -1,0 +1,188 @@
+"""Any sequence of calls, with copies that end late, out of order or with an error, keeps the cache's promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.device import Launch
+from moebius.gpu_cache.slots import State
+from tests.gpu_cache.fake_device import CopyError, FakeDevice
+from tests.gpu_cache.layers import HIDDEN, expected, make_layers, one_token
+
+LAYERS = make_layers((6, 4, 5, 3), (2, 2, 8, 8))  # two pools of two layers
+SMALL, LARGE = LAYERS[0].layout.nbytes, LAYERS[2].layout.nbytes
+layer_numbers = st.integers(0, len(LAYERS) - 1)
+
+
+def draw_experts(data: st.DataObject, layer: int) -> np.ndarray:
+    count = len(LAYERS[layer].records)
+    return np.array(sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=4))), np.int32)
+
+
+class Machine(RuleBasedStateMachine):
+    """One caller's thread; the fake device is the world outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of each layer at work: experts, slots
+        self.launches: list[tuple[Launch, torch.Tensor, list[Any]]] = []
+        self.failures = 0
+
+    @initialize(data=st.data())
+    def open(self, data: st.DataObject) -> None:
+        self.device = FakeDevice()
+        self.budget = data.draw(st.integers(SMALL + LARGE, 8 * SMALL + 8 * LARGE))
+        self.cache = ExpertCache(self.device, LAYERS, self.budget)
+
+    def attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call; an error must be that of a copy which failed before."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            if self.failures == 0 or not isinstance(error.__cause__, CopyError):
+                raise
+            self.failures = 0
+            return None
+
+    @rule(data=st.data(), layer=layer_numbers)
+    def lookup(self, data: st.DataObject, layer: int) -> None:
+        experts = draw_experts(data, layer)
+        if layer in self.steps:
+            return
+        slots = self.attempt(self.cache.lookup, layer, experts)
+        if slots is None:
+            self.cache.finish(layer)
+            return
+        self.steps[layer] = experts, slots
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data())
+    def fetch(self, data: st.DataObject) -> None:
+        layer = data.draw(st.sampled_from(sorted(self.steps)))
+        experts, slots = self.steps[layer]
+        wanted = (slots < 0) & np.array(data.draw(st.lists(st.booleans(), min_size=len(slots), max_size=len(slots))))
+        got = self.attempt(self.cache.fetch, layer, experts[wanted])
+        if got is not None:
+            slots[wanted] = got
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data())
+    def launch(self, data: st.DataObject) -> None:
+        layer = data.draw(st.sampled_from(sorted(self.steps)))
+        experts, slots = self.steps[layer]
+        pool, local = self.cache._pool(layer)
+        lost = (slots >= 0) & (pool.table.occupied(local, experts) != slots)  # its upload failed
+        slots[lost] = -1
+        there = slots >= 0
+        x = torch.linspace(-1, 1, HIDDEN)[None]
+        launch = self.attempt(self.cache.launch, layer, x, one_token(experts[there]), slots[there])
+        if launch is not None:
+            copies = self.device._computations[-1].after
+            self.launches.append((launch, expected(LAYERS[layer], x, experts[there]), list(copies)))
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data(), admit=st.booleans())
+    def finish(self, data: st.DataObject, admit: bool) -> None:
+        layer = data.draw(st.sampled_from(sorted(self.steps)))
+        experts, slots = self.steps.pop(layer)
+        self.cache.used(layer, experts, slots >= 0)
+        if admit:
+            self.attempt(self.cache.admit, layer, experts[slots < 0])
+        self.cache.finish(layer)
+
+    @rule(data=st.data(), layer=layer_numbers)
+    def prefetch(self, data: st.DataObject, layer: int) -> None:
+        self.attempt(self.cache.prefetch, layer, draw_experts(data, layer))
+
+    @precondition(lambda self: any(copy.ready for copy in self.device.copies))
+    @rule(data=st.data(), fail=st.sampled_from([False, False, False, True]))
+    def end_a_copy(self, data: st.DataObject, fail: bool) -> None:
+        ready = [copy for copy in self.device.copies if copy.ready]
+        data.draw(st.sampled_from(ready)).end(CopyError("injected") if fail else None)
+        self.failures += fail
+
+    @precondition(lambda self: self.device.computations and self.device.computations[0].ready)
+    @rule()
+    def end_a_computation(self) -> None:
+        self.device.computations[0].end()
+
+    @precondition(lambda self: self.launches)
+    @rule()
+    def result(self) -> None:
+        launch, correct, copies = self.launches.pop(0)
+        try:
+            assert torch.equal(launch.result(), correct), "a slot was read before, or after, its expert was there"
+        except CopyError:
+            assert any(copy.error for copy in copies)
+
+    @precondition(lambda self: not self.steps)
+    @rule(data=st.data())
+    def resize(self, data: st.DataObject) -> None:
+        self.budget = data.draw(st.integers(SMALL + LARGE, 8 * SMALL + 8 * LARGE))
+        self.cache.resize(self.budget)
+        self.failures = 0  # a copy into the former slots has no meaning any more
+
+    @rule()
+    def drain(self) -> None:
+        self.attempt(self.cache.drain)
+        if not self.failures:
+            assert not self.device.copies
+
+    @invariant()
+    def budget_is_kept(self) -> None:
+        assert self.cache.nbytes <= self.budget
+
+    @invariant()
+    def slots_and_experts_are_paired(self) -> None:
+        for pool in self.cache._pools:
+            table = pool.table
+            occupied = np.flatnonzero(table.key_of >= 0)
+            assert (table.slot_of[table.key_of[occupied]] == occupied).all()
+            assert (table.slot_of >= 0).sum() == len(occupied)
+            assert ((table.visible >= 0) == (table.slot_of >= 0) & (table.state[table.slot_of] == State.READY)).all()
+
+    @invariant()
+    def visible_slots_hold_their_expert(self) -> None:
+        for layer, (*_, records) in enumerate(LAYERS):
+            pool, local = self.cache._pool(layer)
+            slots = pool.table.lookup(local, np.arange(len(records)))
+            for expert in np.flatnonzero(slots >= 0):
+                assert torch.equal(pool.memory[slots[expert]], records[expert])
+
+    @invariant()
+    def slots_in_use_stay(self) -> None:
+        for layer, (experts, slots) in self.steps.items():
+            pool, local = self.cache._pool(layer)
+            now = pool.table.occupied(local, experts[slots >= 0])
+            assert ((now == slots[slots >= 0]) | (now == -1)).all()
+            assert (pool.table.pins[slots[slots >= 0]] > 0).all()
+
+    @invariant()
+    def prefetches_add_up(self) -> None:
+        counters = self.cache.counters
+        open_ends = sum(int(pool._unproven.sum()) for pool in self.cache._pools)
+        assert (
+            counters.prefetch_issued.sum() == counters.prefetch_used.sum() + counters.prefetch_wasted.sum() + open_ends
+        )
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for layer in self.steps:
+            self.cache.finish(layer)
+        self.attempt(self.cache.drain)
+        assert all((pool.table.pins == 0).all() for pool in self.cache._pools)
+        self.cache.close()
+        assert self.device.pinned == []
+
+
+TestCacheMachine = Machine.TestCase
+TestCacheMachine.settings = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=40)
