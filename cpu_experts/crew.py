@@ -151,7 +151,8 @@ def _attend(state: np.ndarray) -> None:
 def _dismiss(state: np.ndarray, threads: list[threading.Thread]) -> None:
     kernels.dismiss(state.ctypes.data)
     for thread in threads:
-        thread.join()
+        if thread.ident is not None:  # an interrupt may have come before it was started
+            thread.join()
 
 
 def _aligned_words(count: int) -> np.ndarray:

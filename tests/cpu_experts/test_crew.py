@@ -1,0 +1,185 @@
+"""Worker threads: complete, interruptible, survivable by fork and by exit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moebius.cpu_experts import crew as crew_module
+from moebius.cpu_experts.crew import Crew, ResidentCrew, WaitingCrew, make_crew
+from moebius.cpu_experts.executor import CpuExecutor
+from moebius.kernels.experts import ExpertSpec
+from moebius.kernels.numba.jit import entry
+from moebius.kernels.numba.memory import atomic_add, peek, poke
+
+from .moe_layers import random_routes, random_store
+
+_ROOT = Path(__file__).parents[2]
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+UNITS = 1000
+
+
+@entry("void(int64)", callback=True)
+def count_units(job):  # type: ignore[no-untyped-def]
+    """Words: 0 the next unit, 8 on how often each unit was taken."""
+    while True:
+        unit = atomic_add(job, 1)
+        if unit >= UNITS:
+            return
+        place = job + 8 * (8 + unit)
+        poke(place, peek(place, np.int64(0)) + 1)
+
+
+@pytest.fixture(params=[pytest.param(ResidentCrew, marks=linux), WaitingCrew])
+def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
+    made = request.param(3)
+    yield made
+    made.close()
+
+
+def test_every_unit_is_computed_once_and_before_run_returns(crew: Crew) -> None:
+    """Bug: a worker that wakes late works on the next job's memory, or is not waited for."""
+    for _ in range(300):
+        job = np.zeros(8 + UNITS, np.int64)
+        crew.run(count_units.address, job.ctypes.data)
+        assert (job[8:] == 1).all()
+
+
+def test_close_ends_workers_and_run_starts_them_again(crew: Crew) -> None:
+    """Bug: close leaves a sleeper behind; a second close hangs; a crew is dead after close."""
+    before = {thread.name for thread in threading.enumerate()}
+    for _ in range(3):
+        job = np.zeros(8 + UNITS, np.int64)
+        crew.run(count_units.address, job.ctypes.data)
+        assert (job[8:] == 1).all()
+        assert threading.active_count() > len(before)
+        crew.close()
+        crew.close()
+        assert {thread.name for thread in threading.enumerate()} == before
+
+
+def test_a_crew_of_the_caller_alone_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: one thread means zero workers, and none is waited for."""
+    for made in (make_crew(0), WaitingCrew(0)):
+        job = np.zeros(8 + UNITS, np.int64)
+        made.run(count_units.address, job.ctypes.data)
+        assert (job[8:] == 1).all()
+
+
+def test_systems_without_futex_get_the_other_crew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a Mac compiles a Linux system call."""
+    monkeypatch.setattr(crew_module.sys, "platform", "darwin")
+    assert isinstance(make_crew(2), WaitingCrew)
+
+
+@linux
+def test_interrupts_leave_a_correct_executor() -> None:
+    """Bug: Ctrl-C returns to the caller while workers still write, or leaves the lock taken."""
+    executor = CpuExecutor(3)
+    store, routes = random_store(ExpertSpec(300, 200), "bf16", 4), random_routes(3, 2, 4)
+    x, plain = torch.randn(3, 300), torch.zeros(3, 300)
+    executor.run(store, x, routes, plain)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(20):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the signal comes at any point of the loop)
+                signal.setitimer(signal.ITIMER_REAL, 0.003)
+                while True:
+                    executor.run(store, x, routes, torch.zeros(3, 300))
+            out = torch.zeros(3, 300)
+            executor.run(store, x, routes, out)
+            assert torch.equal(out, plain)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        executor.close()
+
+
+_SETUP = """
+import os, signal, sys, threading
+import torch
+from moebius.cpu_experts.executor import CpuExecutor
+from moebius.cpu_experts.store import ExpertStore
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.routes import build_routes
+import numpy as np
+signal.alarm(120)
+spec = ExpertSpec(64, 32)
+store = ExpertStore.empty(spec, RecordLayout.of(spec, "fp32"), 2)
+for expert in range(2):
+    for part in store.weights(expert)[:3]:
+        part.fill_(0.01)
+x, executor = torch.ones(2, 64), CpuExecutor(3)
+routes = build_routes(np.array([[0, 1], [1, 0]]), np.ones((2, 2), np.float32), 2)
+def run():
+    out = torch.zeros(2, 64)
+    executor.run(store, x, routes, out)
+    return out
+plain = run()
+"""
+
+
+@linux
+def test_a_forked_child_computes_too(run_python: RunPython) -> None:
+    """Bug: the child waits for workers, or for a lock, that live in the parent only."""
+    code = (
+        _SETUP
+        + """
+stop = False
+def busy():
+    while not stop:
+        run()
+other = threading.Thread(target=busy)
+other.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        same = torch.equal(run(), plain) and torch.equal(run(), plain)
+        executor.close()
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop = True
+other.join()
+assert torch.equal(run(), plain)
+"""
+    )
+    run_python(code, cwd=_ROOT, path=(_ROOT,))
+
+
+def test_the_process_ends_without_close(run_python: RunPython) -> None:
+    """Bug: a worker in compiled code keeps the process from ending, or crashes it at the end."""
+    code = _SETUP + "threading.Thread(target=run).start()\nprint('done')\n"
+    assert run_python(code, cwd=_ROOT, path=(_ROOT,)).stdout.strip() == "done"
+
+
+def test_four_callers_released_at_once(run_python: RunPython) -> None:
+    """Bug: the first calls of a process race in compiling, or in starting the workers, and abort the process."""
+    code = (
+        _SETUP.replace("plain = run()\n", "")
+        + """
+barrier, results = threading.Barrier(4), []
+def call():
+    barrier.wait()
+    results.extend(run() for _ in range(100))
+callers = [threading.Thread(target=call) for _ in range(4)]
+[caller.start() for caller in callers]
+[caller.join() for caller in callers]
+assert len(results) == 400 and all(torch.equal(result, results[0]) for result in results)
+"""
+    )
+    run_python(code, cwd=_ROOT, path=(_ROOT,))

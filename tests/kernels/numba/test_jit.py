@@ -1,0 +1,85 @@
+"""Compilation: nothing at import, kept on disk, and never stale."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moebius.kernels.numba import jit
+
+_ROOT = Path(__file__).parents[3]
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_import_compiles_nothing(run_python: RunPython) -> None:
+    """Bug: a decorator with a signature makes `import moebius` take seconds."""
+    code = (
+        "from numba.core import event\n"
+        "with event.install_recorder('numba:compile') as seen:\n"
+        "    import moebius.cpu_experts.executor, moebius.kernels.numba.portable\n"
+        "print(len(seen.buffer))"
+    )
+    assert run_python(code, cwd=_ROOT).stdout.strip() == "0"
+
+
+_PROBE = """
+from moebius.kernels.numba.activations import at_most
+from moebius.kernels.numba.jit import entry
+@entry("float32(float32)")
+def probe(x):
+    return at_most(x, x * 0 + 2)
+"""
+
+
+@pytest.mark.slow
+def test_an_edited_callee_is_noticed_and_an_unchanged_one_is_loaded(tmp_path: Path, run_python: RunPython) -> None:
+    """Bug: Numba's cache looks at the file of the cached function only and runs yesterday's helper."""
+    for part in ("moebius", "kernels"):
+        shutil.copytree(_ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").touch()  # marks a checkout for moebius/__init__.py
+    (tmp_path / "kernels/numba/probe.py").write_text(_PROBE)
+
+    def answer() -> str:
+        done = run_python(code, cwd=tmp_path, path=(tmp_path,), MOEBIUS_CACHE_DIR=str(tmp_path / "cache"))
+        return done.stdout.strip()
+
+    code = "from moebius.kernels.numba.probe import probe\nprint(probe(3.0), *probe.compiled.stats.cache_hits.values())"
+    assert answer() == "2.0"
+    assert answer() == "2.0 1"
+    callee = tmp_path / "kernels/numba/activations.py"
+    edited = callee.read_text().replace("return limit if x > limit else x", "return x + limit")
+    assert edited != callee.read_text()
+    callee.write_text(edited)
+    assert answer() == "5.0"
+
+
+def test_unwritable_cache_compiles_in_memory_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: a read-only home raises at import, or falls back without a word."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path / "file"))
+    jit.cache_folder.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger=jit.__name__):
+            double = jit.entry("int64(int64)")(lambda x: 2 * x)
+            triple = jit.entry("int64(int64)")(lambda x: 3 * x)
+            assert (double(4), triple(4)) == (8, 12)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "MOEBIUS_CACHE_DIR" in caplog.text
+    finally:
+        jit.cache_folder.cache_clear()
+
+
+def test_key_depends_on_every_source_and_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a cache on a shared home holds AVX-512 code that a smaller machine then runs."""
+    key = jit.source_key()
+    assert key == jit.source_key()
+    codegen = type(jit.cpu_target.target_context.codegen())
+    monkeypatch.setattr(codegen, "magic_tuple", lambda self: ("another", "cpu", "+sse2"))
+    assert jit.source_key() != key
