@@ -94,6 +94,7 @@ def run(
         ValueError: an unknown variant, or too few tokens or rounds.
     """
     check_settings(variants, new_tokens, rounds)
+    progress("stock, for comparison", 0.0)
     expected = generate_greedily(model, prompt, new_tokens).tokens
     runs = {name: _Runs() for name in variants}
     for turn in range(rounds):

@@ -72,7 +72,7 @@ def test_folders_shadow_no_other_package(folder: str) -> None:
     assert not list((ROOT / folder).rglob("__init__.py"))
 
 
-@pytest.mark.parametrize("folder", (*FOLDERS, "tests", "benchmarks", "examples"))
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests", "benchmarks", "examples"])
 def test_every_folder_says_what_it_is(folder: str) -> None:
     assert (ROOT / folder / "README.md").read_text().startswith("# ")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
+from rich.text import Text
 
 from moebius import __version__
 from moebius.hf_plugin.cli import bench, demo, doctor
@@ -33,9 +34,19 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 
 def main() -> None:
-    """Run the command line; what a user got wrong is said in one line on stderr, with exit status 2."""
+    """Run the command line; what a user can remedy is said in one line on stderr, with exit status 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_ours(error):
+            raise
+        err.print(Text.assemble(("error: ", "bold red"), str(error)))
         sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it: then the message says what to do, and a traceback would only bury it."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("moebius.")

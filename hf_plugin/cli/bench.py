@@ -19,6 +19,28 @@ from moebius.kernels.experts import FORMATS
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
+EXPERTS_COLUMNS = {
+    "format": "format",
+    "tokens": "tokens",
+    "median_us": "us",
+    "p20_us": "p20",
+    "p80_us": "p80",
+    "gbytes_per_s": "GB/s",
+    "stream_gbytes_per_s": "read GB/s",
+    "tflops": "TFLOPS",
+    "rel_error": "rel. error",
+}
+GENERATE_COLUMNS = {
+    "variant": "variant",
+    "ttft_s": "first token s",
+    "decode_tok_s": "tokens/s",
+    "p20": "p20",
+    "p80": "p80",
+    "peak_rss_bytes": "RSS MB",
+    "peak_gpu_bytes": "GPU MB",
+    "same_tokens": "same text",
+}
+
 Json = Annotated[bool, typer.Option("--json", help="Print the rows as one JSON document.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write rows, settings and machine to this JSON file.")]
 
@@ -42,7 +64,8 @@ def experts(
             bench_experts.Shape.parse(shape), counts, names, threads, layers, repeats, progress=update
         )
         rows = [asdict(row) for row in measured]
-    _report("Experts on the CPU", rows, as_json, out_file, {"shape": shape})
+    title = f"Experts {shape} on the CPU: {rows[0]['threads']} threads, {rows[0]['isa']}"
+    _report(title, rows, EXPERTS_COLUMNS, as_json, out_file, {"shape": shape})
 
 
 @app.command()
@@ -76,7 +99,8 @@ def generate(
         "gpu_memory": gpu_memory,
         "method": bench_generate.METHOD,
     }
-    _report("Generation", [asdict(row) for row in rows], as_json, out_file, settings)
+    title = f"{settings['model']}, {settings['dtype']}: {prompt_tokens} + {new_tokens} tokens, {rounds} rounds"
+    _report(title, [asdict(row) for row in rows], GENERATE_COLUMNS, as_json, out_file, settings)
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
@@ -100,7 +124,14 @@ def _memory(text: str) -> int | float | str:
     return text
 
 
-def _report(title: str, rows: list[dict[str, Any]], as_json: bool, file: Path | None, settings: dict[str, Any]) -> None:
+def _report(
+    title: str,
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    as_json: bool,
+    file: Path | None,
+    settings: dict[str, Any],
+) -> None:
     if file is not None:
         document = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,22 +148,26 @@ def _report(title: str, rows: list[dict[str, Any]], as_json: bool, file: Path | 
     if as_json:
         print_json(rows)
     else:
-        out.print(_table(title, rows))
+        out.print(_table(title, rows, columns))
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One column per field; long numbers of bytes in MB."""
+def _table(title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+    """The named fields of all rows under short headings; bytes in MB."""
     table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name.replace("_bytes", " MB").replace("_", " "), justify="right", overflow="fold")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*(_cell(name, value) for name, value in row.items()))
+        table.add_row(*(_cell(name, row[name]) for name in columns))
     return table
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.0f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 0.01 else f"{value:.3g}"
+    return str(value)

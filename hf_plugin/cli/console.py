@@ -33,8 +33,11 @@ def hide_progress_of_libraries() -> None:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Update]:
-    """A progress bar on stderr, gone when done; the update takes a step's name and the fraction done of that step."""
+    """A progress bar on stderr where that is a terminal, gone when done.
+
+    The update takes a step's name and the fraction of it that is done.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda step, done: bar.update(task, description=f"{title}: {step}", completed=done)
