@@ -169,10 +169,6 @@ class ExpertCache:
         self._give_back()
         self._pools = []
 
-    def free_memory(self) -> int:
-        """Bytes that could still be allocated on the device."""
-        return self._device.free_memory()
-
     @property
     def slots(self) -> int:
         """Slots in all pools."""

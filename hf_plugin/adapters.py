@@ -49,8 +49,8 @@ class ExpertParams:
     def views(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
         """Views [E, ...] of all routed experts' weights within the module's own tensors."""
         if self.flat:
-            gate, up, down = (tensors[name].view(-1, self.intermediate, self.hidden) for name in FLAT_NAMES)
-            return ExpertWeights(gate, up, down.mT, None, None, None)
+            w1, v1, w2 = (tensors[name].view(-1, self.intermediate, self.hidden) for name in FLAT_NAMES)
+            return ExpertWeights(w1, v1, w2.mT, None, None, None)
         first = "gate_up_proj" if self.gated else "up_proj"
         rows, down = tensors[first][: self.num_experts], tensors["down_proj"]
         if self.transposed:
@@ -58,9 +58,8 @@ class ExpertParams:
         gate, up = self._split(rows)
         if not self.biased:
             return ExpertWeights(gate, up, down, None, None, None)
-        gate_bias, up_bias = self._split(tensors[f"{first}_bias"][..., None])
-        biases = (None if b is None else b[..., 0] for b in (gate_bias, up_bias, tensors["down_proj_bias"][..., None]))
-        return ExpertWeights(gate, up, down, *biases)
+        gate_bias, up_bias = self._split(tensors[f"{first}_bias"])
+        return ExpertWeights(gate, up, down, gate_bias, up_bias, tensors["down_proj_bias"])
 
     def surplus(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows of packed tensors beyond the routed experts, which nothing computes with but a checkpoint holds."""

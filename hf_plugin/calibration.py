@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -45,7 +46,7 @@ def calibrate(
 
 
 def _cost(deadline: float, run: Callable[[int], float]) -> ExpertCost:
-    few, many = (_repeat(deadline, lambda tokens=tokens: run(tokens)) for tokens in (FEW, MANY))
+    few, many = (_repeat(deadline, partial(run, tokens)) for tokens in (FEW, MANY))
     return ExpertCost.fit(FEW, few, MANY, many)
 
 

@@ -150,7 +150,7 @@ def _spec(module: nn.Module, owner: nn.Module, params: ExpertParams) -> ExpertSp
         params.biased,
         activation or Activation(Act.CUSTOM),
         custom=None if activation else apply,
-        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        post_norm=module.get_submodule("post_expert_norm") if getattr(module, "has_post_expert_norm", False) else None,
     )
 
 

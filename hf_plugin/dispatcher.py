@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,11 +11,31 @@ import numpy as np
 import torch
 
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.device import Launch
 from moebius.kernels.routes import Routes, build_routes, select
+from moebius.predictors.costs import CostModel
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
     from moebius.hf_plugin.runtime import ModelRuntime
+
+
+class Predictions(threading.local):
+    """What was foreseen for the coming layers of this thread's tokens: experts, and which of them were resident."""
+
+    def __init__(self) -> None:
+        self.of_layer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+
+@dataclass(slots=True)
+class Tier:
+    """The GPU side of a model: its cache, where that is, and what experts cost there and on the CPU."""
+
+    cache: ExpertCache
+    device: torch.device
+    costs: CostModel
+    launches: dict[int, Launch] = field(default_factory=dict)  # of each layer the last, until its time is counted
+    predictions: Predictions = field(default_factory=Predictions)
 
 
 class Step(NamedTuple):
@@ -43,13 +65,13 @@ def run_layer(
     counters = runtime.counters[layer.index]
     counters.tokens += len(x)
     out = torch.zeros(host_x.shape, dtype=torch.float32)
-    if runtime.cache is None:
+    if runtime.tier is None:
         counters.misses += len(routes.tokens)
         _on_cpu(runtime, layer, step, routes, out)
         return out.to(x.device, x.dtype)
-    _judge_prediction(runtime, layer, routes)
+    _judge_prediction(runtime, runtime.tier, layer.index, routes)
     layer.gate.settle(x, ids)
-    return _on_both(runtime, runtime.cache, layer, step, out)
+    return _on_both(runtime, runtime.tier, layer, step, out)
 
 
 def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
@@ -65,28 +87,27 @@ def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[
     return host_x, host_ids.numpy(), host_weights.numpy()
 
 
-def _on_both(
-    runtime: ModelRuntime, cache: ExpertCache, layer: PatchedLayer, step: Step, out: torch.Tensor
-) -> torch.Tensor:
-    index, routes, counters = layer.index, step.routes, runtime.counters[layer.index]
+def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, out: torch.Tensor) -> torch.Tensor:
+    index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
     slots = cache.lookup(index, routes.experts)
     try:
         hit = slots >= 0
         pairs = routes.counts
         counters.hits += int(pairs[hit].sum())
         counters.misses += int(pairs[~hit].sum())
-        _fetch(runtime, cache, index, routes, slots)
+        _fetch(tier, index, routes, slots)
         resident = slots >= 0
         launch = None
         if resident.any():
-            on_device = step.x.to(runtime.torch_device)
-            launch = cache.launch(index, on_device, select(routes, resident), slots[resident])
-        _prefetch(runtime, cache, index, step.x)
+            launch = cache.launch(index, step.x.to(tier.device), select(routes, resident), slots[resident])
+        _prefetch(runtime, tier, index, step.x)
         if not resident.all():
             rest = select(routes, ~resident)
             took = _on_cpu(runtime, layer, step, rest, out)
-            runtime.costs.cpu.observe(rest.counts, took * 1e6)
-        merged = _merge(runtime, index, launch, out, step.x)
+            tier.costs.cpu.observe(rest.counts, took * 1e6)
+        merged = (
+            out.to(step.x.device, step.x.dtype) if launch is None else _merge(runtime, tier, index, launch, out, step.x)
+        )
     finally:
         cache.finish(index)
     cache.used(index, routes.experts, hit)
@@ -102,40 +123,41 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, routes: Rout
     return took
 
 
-def _fetch(runtime: ModelRuntime, cache: ExpertCache, index: int, routes: Routes, slots: np.ndarray) -> None:
+def _fetch(tier: Tier, index: int, routes: Routes, slots: np.ndarray) -> None:
     """Bring in those misses that finish earlier on the device; their slots are entered into `slots`."""
     missing = np.flatnonzero(slots < 0)
     if not len(missing):
         return
     pairs = routes.counts
-    chosen = missing[runtime.costs.fetch(pairs[missing], pairs[slots >= 0])]
+    chosen = missing[tier.costs.fetch(pairs[missing], pairs[slots >= 0])]
     if len(chosen):
-        slots[chosen] = cache.fetch(index, routes.experts[chosen])
+        slots[chosen] = tier.cache.fetch(index, routes.experts[chosen])
 
 
-def _merge(runtime: ModelRuntime, index: int, launch: object, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if launch is None:
-        return out.to(x.device, x.dtype)
+def _merge(
+    runtime: ModelRuntime, tier: Tier, index: int, launch: Launch, out: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
     begun = perf_counter()
     on_device = launch.result()
     runtime.counters[index].wait_ms += (perf_counter() - begun) * 1e3
     runtime.count_launch(index)
-    runtime.launches[index] = launch
+    tier.launches[index] = launch
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 
-def _prefetch(runtime: ModelRuntime, cache: ExpertCache, index: int, x: torch.Tensor) -> None:
+def _prefetch(runtime: ModelRuntime, tier: Tier, index: int, x: torch.Tensor) -> None:
     """Foresee the next layer's experts and bring in those that are absent."""
     predicted = runtime.predictor.predict(index, x)
     if predicted is None:
         return
     predicted = predicted[(predicted >= 0) & (predicted < runtime.stores[index + 1].num_experts)]
-    resident = cache.visible(index + 1, predicted)
-    runtime.pending.__dict__[index + 1] = (predicted, resident)
-    cache.prefetch(index + 1, predicted[~resident])
+    resident = tier.cache.visible(index + 1, predicted)
+    tier.predictions.of_layer[index + 1] = (predicted, resident)
+    tier.cache.prefetch(index + 1, predicted[~resident])
 
 
-def _judge_prediction(runtime: ModelRuntime, layer: PatchedLayer, routes: Routes) -> None:
-    pending = runtime.pending.__dict__.pop(layer.index, None)
-    if pending is not None:
-        runtime.accuracy[layer.index].record(*pending, routes.experts)
+def _judge_prediction(runtime: ModelRuntime, tier: Tier, index: int, routes: Routes) -> None:
+    foreseen = tier.predictions.of_layer.pop(index, None)
+    if foreseen is not None:
+        predicted, resident = foreseen
+        runtime.accuracy[index].record(predicted, resident, routes.experts)

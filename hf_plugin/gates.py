@@ -73,10 +73,24 @@ class LayerGate:
             if not known or extra is None:
                 continue
             forward = partial(type(router).forward, router, **extra)
-            yield lambda x, forward=forward: _ids(forward(x), k, self._num_experts)
-            yield lambda x, forward=forward: _ids(forward(x[None]), k, self._num_experts)
-            if route is not None:
-                yield lambda x, forward=forward: _ids(route(owner(), forward(x)), k, self._num_experts)
+            for form in (_flat, _batched) if route is None else (_flat, _batched, partial(_routed, route, owner)):
+                yield partial(_ask, form, forward, k, self._num_experts)
+
+
+def _ask(form: Any, forward: Any, k: int, num_experts: int, x: torch.Tensor) -> torch.Tensor:
+    return _ids(form(forward, x), k, num_experts)
+
+
+def _flat(forward: Any, x: torch.Tensor) -> Any:
+    return forward(x)
+
+
+def _batched(forward: Any, x: torch.Tensor) -> Any:
+    return forward(x[None])
+
+
+def _routed(route: Any, owner: ref[nn.Module], forward: Any, x: torch.Tensor) -> Any:
+    return route(owner(), forward(x))
 
 
 def _extra_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ class PatchedLayer:
         self.gate = LayerGate(parent, site.params.num_experts)
         self._convention, self._identity_experts = site.convention, site.identity_experts
         self._arguments = _argument_names(site.module)
-        self._module, self._owner = ref(site.module), ref(site.owner)
+        self._module_ref, self._owner_ref = ref(site.module), ref(site.owner)
         self._params, self._dtype = site.params, site.dtype
         self._saved: dict[str, Any] = {}
         if twin is None:
@@ -69,7 +69,7 @@ class PatchedLayer:
 
     def _take(self, site: ExpertsSite, format: str, keep: bool) -> None:
         tensors = site.tensors()
-        self._parameters: dict[str, nn.Parameter] = {name: site.owner._parameters[name] for name in tensors}
+        self._parameters: dict[str, nn.Parameter] = {name: site.owner.get_parameter(name) for name in tensors}
         self._placeholders: dict[str, nn.Parameter] = {
             name: _placeholder(tensor.shape, tensor.dtype, self._parameters[name]) for name, tensor in tensors.items()
         }
@@ -103,7 +103,7 @@ class PatchedLayer:
         module, owner = self._module(), self._owner()
         for name, parameter in self._parameters.items():
             parameter.data = restored[name]
-            parameter.requires_grad_(owner._parameters[name].requires_grad)
+            parameter.requires_grad_(owner.get_parameter(name).requires_grad)
             owner._parameters[name] = parameter
         for name in _STATE_METHODS:
             del owner.__dict__[name]
@@ -123,6 +123,12 @@ class PatchedLayer:
         for name, rows in self._surplus.items():
             result[name][-len(rows) :] = rows
         return result
+
+    def _module(self) -> nn.Module:
+        return _alive(self._module_ref)
+
+    def _owner(self) -> nn.Module:
+        return _alive(self._owner_ref)
 
     # ---- running
 
@@ -218,7 +224,7 @@ class PatchedLayer:
         new = object.__new__(PatchedLayer)
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
-        new._module, new._owner = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
+        new._module_ref, new._owner_ref = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
         new._parameters = copy.deepcopy(self._parameters, memo)
         new._placeholders = copy.deepcopy(self._placeholders, memo)
         new._kept = None if self._kept is None else {name: tensor.clone() for name, tensor in self._kept.items()}
@@ -239,8 +245,14 @@ class PatchedLayer:
 def copy_weights(target: ExpertWeights, source: ExpertWeights) -> None:
     """Copy all parts, converting the dtype where it differs."""
     for to, part in zip(target, source, strict=True):
-        if to is not None:
+        if to is not None and part is not None:
             to.copy_(part)
+
+
+def _alive(reference: ref[nn.Module]) -> nn.Module:
+    module = reference()
+    assert module is not None, "a patched layer is called by its module and does not outlive it"
+    return module
 
 
 def _placeholder(shape: torch.Size, dtype: torch.dtype, like: nn.Parameter) -> nn.Parameter:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -18,11 +19,10 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import Launch, open_device
 from moebius.hf_plugin.calibration import calibrate
-from moebius.hf_plugin.dispatcher import run_layer
+from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.stats import LayerStats, Stats
-from moebius.predictors.costs import CostModel
-from moebius.predictors.routing import Accuracy, NextGate, NoPrediction, RoutingPredictor
+from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
@@ -53,22 +53,17 @@ class ModelRuntime:
         self._names = list(names)
         self._patched = len(names)
         self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
-        self.cache: ExpertCache | None = None
-        self.costs: CostModel | None = None
+        self.tier: Tier | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
         self.predictor: RoutingPredictor = self._predictor()
-        self.pending = threading.local()  # predictions of this thread's tokens, for the layers to come
-        self.launches: list[Launch | None] = [None] * len(names)  # whose time is not counted yet
         self.reset_stats()
 
     def _predictor(self) -> RoutingPredictor:
         if self.options.device == "cpu" or not self.options.prefetch or self.options.predictor == "none":
             return NoPrediction()
-        layers = self.layers  # replaced in place by `adopt`; the runtime itself must not be held
-        return NextGate(
-            [lambda i=i: None if (layer := layers[i]()) is None else layer.gate() for i in range(len(layers))]
-        )
+        # the list, which `adopt` changes in place, and not the runtime: no cycle
+        return NextGate([partial(_gate_of, self.layers, index) for index in range(len(self.layers))])
 
     # ---- lifetime
 
@@ -85,10 +80,10 @@ class ModelRuntime:
         device = open_device(self.options.device, self.options.emulated_link)
         layers = [CachedLayer(store.spec, store.layout, store.records) for store in self.stores]
         budget = self._budget(device.free_memory())
-        self.cache = ExpertCache(device, layers, budget, self.options.cache_policy)
-        self.torch_device = device.torch_device
-        self.costs = calibrate(self.executor, self.cache, self.stores, self.torch_device)
-        self.cache.counters.reset()
+        cache = ExpertCache(device, layers, budget, self.options.cache_policy)
+        costs = calibrate(self.executor, cache, self.stores, device.torch_device)
+        cache.counters.reset()
+        self.tier = Tier(cache, device.torch_device, costs)
 
     def _budget(self, free: int) -> int:
         total = sum(store.nbytes for store in self.stores)
@@ -110,10 +105,13 @@ class ModelRuntime:
     def close(self) -> None:
         """Give back slots, threads and pinned memory. Idempotent."""
         with self.lock:
-            if self.cache is not None:
-                self.cache.close()
-            self.cache = None
+            self._close_tier()
             self.executor.close()
+
+    def _close_tier(self) -> None:
+        tier, self.tier = self.tier, None
+        if tier is not None:
+            tier.cache.close()
 
     def __del__(self) -> None:
         if "executor" in self.__dict__:  # a constructor that raised leaves nothing to close
@@ -129,9 +127,7 @@ class ModelRuntime:
         """Layer `index` has other records now; the cache is opened anew before its next use."""
         with self.lock:
             self.stores[index] = store
-            if self.cache is not None:
-                self.cache.close()
-            self.cache = None
+            self._close_tier()
             self._stale = self.options.device != "cpu"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
@@ -165,10 +161,11 @@ class ModelRuntime:
                 raise ValueError("a model on device='cpu' has no cache to resize; patch it with a device that has one")
             former, self.options = self.options, replace(self.options, gpu_memory=gpu_memory)
             try:
-                if self._stale or self.cache is None:
+                if self.tier is None:
                     self.open()
                 else:
-                    self.cache.resize(self._budget(self.cache.free_memory() + self.cache.nbytes))
+                    cache = self.tier.cache
+                    cache.resize(self._budget(cache.free_memory() + cache.nbytes))
             except BaseException:
                 self.options = former
                 raise
@@ -180,16 +177,16 @@ class ModelRuntime:
         with self.lock:
             self.counters = [LayerStats(name) for name in self._names]
             self.accuracy = [Accuracy() for _ in self._names]
-            self.launches = [None] * len(self._names)
-            if self.cache is not None:
-                self.cache.counters.reset()
+            if self.tier is not None:
+                self.tier.launches.clear()
+                self.tier.cache.counters.reset()
 
     def stats(self) -> Stats:
         """A snapshot of all counters."""
         with self.lock:
             for index in range(len(self._names)):
                 self.count_launch(index)
-            cache = self.cache
+            cache = None if self.tier is None else self.tier.cache
             return Stats(
                 self.options.device,
                 self.options.cache_policy if cache else "none",
@@ -211,8 +208,8 @@ class ModelRuntime:
             "predicted_absent": accuracy.absent,
             "predicted_absent_right": accuracy.absent_right,
         }
-        if self.cache is not None:
-            counters = self.cache.counters
+        if self.tier is not None:
+            counters = self.tier.cache.counters
             names = ("uploads", "upload_bytes", "demand_fetches", "prefetch_issued", "prefetch_used", "prefetch_wasted")
             values |= {name: int(getattr(counters, name)[index]) for name in names}
         return LayerStats(**values)
@@ -225,10 +222,15 @@ class ModelRuntime:
 
     def count_launch(self, index: int) -> None:
         """Add the device time of the layer's last launch, once it is known."""
-        launch = self.launches[index]
-        if launch is not None and (took := launch.elapsed_ms()) is not None:
+        launches: dict[int, Launch] = {} if self.tier is None else self.tier.launches
+        if index in launches and (took := launches[index].elapsed_ms()) is not None:
             self.counters[index].gpu_ms += took
-            self.launches[index] = None
+            del launches[index]
+
+
+def _gate_of(layers: list[ref[PatchedLayer]], index: int) -> Gate | None:
+    layer = layers[index]()
+    return None if layer is None else layer.gate()
 
 
 def default_threads() -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moebius.hf_plugin.stats import LayerStats, Stats
 
-WIDTH = 124
+WIDTH = 132
 _COLUMNS = (
     "layer",
     "tokens",
