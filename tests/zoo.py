@@ -359,3 +359,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise * (0.5 / parameter.shape[-1] ** 0.5))
         elif parameter.is_floating_point():
             parameter.add_(0.1 * noise)
+    for name, table in model.named_buffers():
+        if name.endswith(".tid2eid"):  # from token to experts, in hash routers; duplicates are legal and do occur here
+            num_experts = vars(model.get_submodule(name.rpartition(".")[0]))["num_experts"]
+            table.copy_(torch.randint(num_experts, table.shape, generator=generator))

