@@ -19,6 +19,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.adapters import Convention
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
-_WEIGHTS = ("_parameters", "_placeholders", "_devices", "_surplus", "_kept", "store")  # what twins share
+_WEIGHTS = ("_parameters", "_placeholders", "_devices", "_surplus", "_kept", "absent", "lossless", "store")  # of twins
 _MISSING = object()
+_HOST = torch.empty(0)
 _ids = itertools.count()
 
 
@@ -69,15 +71,28 @@ class PatchedLayer:
 
     def _take(self, site: ExpertsSite, format: str, keep: bool) -> None:
         tensors = site.tensors()
-        self._parameters: dict[str, nn.Parameter] = {name: site.owner.get_parameter(name) for name in tensors}
+        loaded = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}
+        self._parameters: dict[str, nn.Parameter] = {
+            name: site.owner.get_parameter(name) if name in loaded else nn.Parameter(torch.empty(0, dtype=site.dtype))
+            for name in tensors
+        }
         self._placeholders: dict[str, nn.Parameter] = {
             name: _placeholder(tensor.shape, tensor.dtype, self._parameters[name]) for name, tensor in tensors.items()
         }
-        self._devices = {name: tensor.device for name, tensor in tensors.items()}
-        self._surplus = {name: rows.clone() for name, rows in site.params.surplus(tensors).items()}
+        self._devices = {name: loaded.get(name, _HOST).device for name in tensors}
+        self._surplus: dict[str, torch.Tensor] = {}
         self._kept = tensors if keep else None
+        self.absent = set(tensors)  # weights that no tensor has filled yet
+        self.lossless = True  # whether the store gives the weights back bit for bit
         self.store = ExpertStore.empty(site.spec, RecordLayout.of(site.spec, format), site.params.num_experts)
-        copy_weights(self.store.layout.view(self.store.records), site.params.views(tensors))
+        for name, tensor in loaded.items():
+            self.fill(name, tensor)
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy one of the module's weights into the store."""
+        copy_weights(self.store.layout.view(self.store.records), self._params.views({name: tensor}))
+        self._surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
+        self.absent.discard(name)
 
     def _register(self) -> None:
         self.id = next(_ids)
@@ -262,3 +277,16 @@ def _placeholder(shape: torch.Size, dtype: torch.dtype, like: nn.Parameter) -> n
 def _argument_names(module: nn.Module) -> tuple[str, ...]:
     parameters = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _refuse_adapter(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Called by torch wherever a module becomes the child of another: peft wraps a module to adapt its parameters."""
+    layer = None if child is None else child.__dict__.get(ATTRIBUTE)
+    if layer is not None and hasattr(parent, "parameter_name"):
+        raise RuntimeError(
+            f"an adapter was put on the patched expert weights of {layer.name!r}, where it would have no effect; "
+            "unpatch the model, add the adapter, merge it (merge_and_unload), then patch again"
+        )
+
+
+register_module_module_registration_hook(_refuse_adapter)

@@ -113,10 +113,6 @@ class ModelRuntime:
         if tier is not None:
             tier.cache.close()
 
-    def __del__(self) -> None:
-        if "executor" in self.__dict__:  # a constructor that raised leaves nothing to close
-            self.close()
-
     def release(self, layer: PatchedLayer) -> None:
         """A layer was unpatched; after the last one everything is given back."""
         self._patched -= 1
