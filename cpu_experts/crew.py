@@ -23,8 +23,8 @@ class ResidentCrew:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._state = _aligned_words(kernels.CREW_WORDS)
         self._finalizer: weakref.finalize | None = None
+        self._renew()
         _crews.add(self)
 
     def run(self, function: int, job: int) -> None:
@@ -39,19 +39,23 @@ class ResidentCrew:
             return
         if self._finalizer is None:
             self._start()
-        kernels.launch(self._state.ctypes.data, function, job)
+        kernels.launch(self._address, function, job)
 
     def close(self) -> None:
         """End the workers; a later `run` starts new ones."""
         if self._finalizer is not None:
             self._finalizer()
-            self._state, self._finalizer = _aligned_words(kernels.CREW_WORDS), None
+            self._renew()
 
     def forget(self) -> None:
         """After a fork: the workers live in the parent only."""
         if self._finalizer is not None:
             self._finalizer.detach()
+        self._renew()
+
+    def _renew(self) -> None:
         self._state, self._finalizer = _aligned_words(kernels.CREW_WORDS), None
+        self._address = self._state.ctypes.data
 
     def _start(self) -> None:
         kernels.launch.compiled, kernels.attend.compiled, kernels.dismiss.compiled  # noqa: B018 (compile before threads)

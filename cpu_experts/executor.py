@@ -12,13 +12,11 @@ import torch
 from moebius.cpu_experts.crew import make_crew
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import Act
-from moebius.kernels.numba.arguments import Layer, describe, prepare
-from moebius.kernels.routes import Routes, select
+from moebius.kernels.experts import Act, ExpertSpec
+from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_size
+from moebius.kernels.routes import Routes
 
-# Tokens of one expert from which a library's GEMM on the expert's weights in fp32 is faster than our own kernels.
-GEMM_TOKENS = 64
-# Scratch memory that stays allocated between calls; longer prompts allocate theirs for the call alone.
+# Floats of scratch memory that stay allocated between calls (64 MB); longer prompts allocate theirs for the call alone.
 _KEPT_FLOATS = 1 << 24
 
 
@@ -37,6 +35,8 @@ class CpuExecutor:
         self.threads = threads
         self._crew = make_crew(threads - 1)
         self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
+        self._job = new_job()
+        self._job_address = self._job.ctypes.data
         self._scratch = np.empty(0, np.float32)
         self._closed = False
         self._turn = threading.Lock()
@@ -57,36 +57,27 @@ class CpuExecutor:
         with self._turn:
             if self._closed:
                 raise RuntimeError("this CpuExecutor is closed; create another")
-            if _needs_torch(store):
-                self._run_torch(store, x, routes, out)
-                return
-            many = routes.counts >= GEMM_TOKENS
-            if many.any():
-                self._run_torch(store, x, select(routes, many), out)
-                routes = select(routes, ~many)
-            if len(routes.tokens):
+            if _needs_torch(store.spec):
+                _run_torch(store, x, routes, out)
+            else:
                 self._run_kernels(store, x, routes, out)
 
     def _run_kernels(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
         layer = self._layers.get(store)
         if layer is None:
             layer = self._layers[store] = describe(store.spec, store.layout, store.records)
-        job, scratch = prepare(layer, x, routes, out, self._allocate)
-        self._crew.run(layer.work.address, job.ctypes.data)
-        del scratch  # nobody reads it any more
+        scratch = self._reserve(scratch_size(layer, x, routes))
+        prepare(self._job, layer, x, routes, out, scratch)
+        if len(routes.tokens):
+            self._crew.run(layer.work.address, self._job_address)
 
-    def _run_torch(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
-        with torch.inference_mode():
-            weights = (store.weights(int(expert)) for expert in routes.experts)
-            reference.moe_forward(store.spec, list(weights), x, routes, out)
-
-    def _allocate(self, count: int) -> np.ndarray:
-        if count > len(self._scratch):
-            scratch = np.empty(count, np.float32)
-            if count > _KEPT_FLOATS:
-                return scratch
+    def _reserve(self, count: int) -> np.ndarray:
+        if count <= len(self._scratch):
+            return self._scratch
+        scratch = np.empty(count, np.float32)
+        if count <= _KEPT_FLOATS:
             self._scratch = scratch
-        return self._scratch
+        return scratch
 
     def close(self) -> None:
         """Give the threads back; harmless when repeated. A call that is under way finishes first."""
@@ -96,8 +87,14 @@ class CpuExecutor:
             self._scratch = np.empty(0, np.float32)
 
 
-def _needs_torch(store: ExpertStore) -> bool:
-    spec = store.spec
+def _run_torch(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+    check(store.spec.hidden, store.num_experts, x, routes, out)
+    with torch.inference_mode():
+        weights = [store.weights(int(expert)) for expert in routes.experts]
+        reference.moe_forward(store.spec, weights, x, routes, out)
+
+
+def _needs_torch(spec: ExpertSpec) -> bool:
     return spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
 
 

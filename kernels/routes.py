@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moebius.kernels.numba.routing import keep_experts, sort_by_expert
+
 
 class Routes(NamedTuple):
     """Token-expert pairs sorted by expert; within an expert by token, then by rank.
@@ -34,29 +36,26 @@ def build_routes(ids: np.ndarray, weights: np.ndarray, num_experts: int) -> Rout
         num_experts: E.
 
     Raises:
+        TypeError: ids that are not integers.
         ValueError: ids outside -1..E, or shapes that differ.
     """
     if ids.shape != weights.shape or ids.ndim != 2:
         raise ValueError(f"top-k ids {ids.shape} and weights {weights.shape} must have the same shape [T, k]")
-    flat = ids.reshape(-1)
-    if flat.size and (flat.min() < -1 or flat.max() > num_experts):
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"top-k ids must be integers, not {ids.dtype}")
+    routes = Routes(
+        *sort_by_expert(np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32), num_experts)
+    )
+    if not len(routes.offsets):
         raise ValueError(
-            f"expert ids from {flat.min()} to {flat.max()} were routed, but 0..{num_experts - 1} exist "
+            f"expert ids from {ids.min()} to {ids.max()} were routed, but 0..{num_experts - 1} exist "
             f"(-1 and {num_experts} mean no expert): the router and the experts do not belong together"
         )
-    scale = weights.reshape(-1).astype(np.float32, copy=False)
-    pairs = np.flatnonzero((flat >= 0) & (flat < num_experts) & (scale != 0))
-    pairs = pairs[np.argsort(flat[pairs], kind="stable")]
-    experts, counts = np.unique(flat[pairs], return_counts=True)
-    offsets = np.zeros(len(experts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    return Routes(experts.astype(np.int32), offsets, (pairs // ids.shape[1]).astype(np.int32), scale[pairs])
+    return routes
 
 
 def select(routes: Routes, mask: np.ndarray) -> Routes:
     """The part of `routes` whose experts have a true entry in `mask` (bool [A])."""
-    counts = routes.counts
-    keep = np.repeat(mask, counts)
-    offsets = np.zeros(int(mask.sum()) + 1, np.int32)
-    np.cumsum(counts[mask], out=offsets[1:])
-    return Routes(routes.experts[mask], offsets, routes.tokens[keep], routes.weights[keep])
+    if mask.shape != routes.experts.shape:
+        raise ValueError(f"the mask has the shape {mask.shape}, but {len(routes.experts)} experts are active")
+    return Routes(*keep_experts(*routes, np.ascontiguousarray(mask, np.bool_)))

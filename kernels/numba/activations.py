@@ -1,4 +1,7 @@
-"""The activations of `moebius.kernels.experts.Act` on fp32 scalars, with torch's treatment of NaN and infinity."""
+"""The activations of `moebius.kernels.experts.Act`, with torch's treatment of NaN and infinity.
+
+SiLU with its limits, which most models use, comes for sixteen lanes; all of them come for scalars.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 import numpy as np
 
 from moebius.kernels.experts import Act
+from moebius.kernels.numba import simd
 from moebius.kernels.numba.jit import helper
 
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
@@ -58,3 +62,18 @@ def second_factor(kind, up_max, up_shift, x):  # type: ignore[no-untyped-def]
     if kind == _SOFTCAP_SILU:
         return _softcap(x, up_max)
     return -at_most(-at_most(x, up_max), up_max) + up_shift
+
+
+@helper
+def silu_lanes(alpha, gate_max, act_max, x):  # type: ignore[no-untyped-def]
+    """`first_factor` of SiLU for sixteen lanes; all arguments are vectors."""
+    x = simd.at_most(x, gate_max)
+    one = simd.splat(_ONE)
+    return simd.at_most(simd.div(x, simd.add(one, simd.exp(simd.mul(simd.splat(-_ONE), simd.mul(alpha, x))))), act_max)
+
+
+@helper
+def clamp_lanes(limit, shift, x):  # type: ignore[no-untyped-def]
+    """`second_factor` for sixteen lanes; all arguments are vectors."""
+    lower = simd.mul(simd.splat(-_ONE), limit)
+    return simd.add(simd.at_least(simd.at_most(x, limit), lower), shift)

@@ -6,7 +6,6 @@ calling the layer's compiled function with the job's address.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
 from moebius.kernels.numba import portable, words
 from moebius.kernels.numba.jit import Entry
-from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill
+from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill, find_range_error
+from moebius.kernels.numba.simd import LANES
 from moebius.kernels.routes import Routes
 
 _WORK: dict[str, Entry] = {"fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16}
@@ -24,7 +24,7 @@ _PARTS = {
     "gate": words.GATE, "up": words.UP, "down": words.DOWN,
     "gate_bias": words.GATE_BIAS, "up_bias": words.UP_BIAS, "down_bias": words.DOWN_BIAS,
 }  # fmt: skip
-_ROUTES = (("experts", np.int32), ("offsets", np.int32), ("tokens", np.int32), ("weights", np.float32))
+_ROUTES = np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +34,13 @@ class Layer:
     Args:
         words: int64 [LAYER_WORDS], see `words`.
         num_experts: E.
+        stride: fp32 numbers between the pairs of the intermediate, a multiple of the vector length.
         work: computes units of a job in the layer's format.
     """
 
     words: np.ndarray
     num_experts: int
+    stride: int
     work: Entry
     records: torch.Tensor
 
@@ -62,7 +64,8 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
         raise ValueError(f"records must be uint8 [E, {layout.nbytes}], not {records.dtype} {list(records.shape)}")
     if records.device.type != "cpu" or not records.is_contiguous():
         raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
-    return Layer(_layer_words(spec, layout, records), records.shape[0], _WORK[layout.format], records)
+    stride = -(-spec.intermediate // LANES) * LANES
+    return Layer(_layer_words(spec, layout, records), records.shape[0], stride, _WORK[layout.format], records)
 
 
 def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> np.ndarray:
@@ -76,43 +79,59 @@ def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) 
     return result
 
 
+def new_job() -> np.ndarray:
+    """Words of a job, with the counters on cache lines of their own; one may serve any number of calls in turn."""
+    words_and_slack = np.zeros(words.JOB_WORDS + 8, np.int64)
+    return words_and_slack[(-words_and_slack.ctypes.data // 8) % 8 :][: words.JOB_WORDS]
+
+
+def scratch_size(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
+    """Elements of the float32 scratch memory that `prepare` needs."""
+    return len(routes.tokens) * layer.stride + (0 if x.dtype == torch.float32 else x.numel())
+
+
 def prepare(
-    layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor, allocate: Callable[[int], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Make the job that adds the routed experts' weighted outputs for x to `out`.
+    job: np.ndarray, layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor, scratch: np.ndarray
+) -> None:
+    """Make `job` the one that adds the routed experts' weighted outputs for x to `out`.
+
+    Whoever works on the job keeps all arguments alive.
 
     Args:
+        job: from `new_job`; nobody may be working on it.
         x: fp32, bf16 or fp16 [T, H], contiguous, in host memory.
         out: fp32 [T, H], contiguous, in host memory.
-        allocate: gives a float32 array of at least so many elements.
-
-    Returns:
-        The job's words (int64 [JOB_WORDS]) and its scratch memory. Whoever works on the job keeps both and the
-        arguments alive.
+        scratch: float32 [scratch_size(...)] or longer.
 
     Raises:
         ValueError, TypeError: arguments of another shape, type or place, or routes out of range.
     """
-    _check_tensors(layer, x, out)
-    for name, dtype in _ROUTES:
-        array = getattr(routes, name)
-        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
-            raise TypeError(f"routes.{name} must be contiguous {dtype.__name__} [.], not {array.dtype} {array.shape}")
-    tokens = x.shape[0]
-    stride = -(-int(layer.words[words.INTERMEDIATE]) // 16) * 16
-    pairs = len(routes.tokens)
-    scratch = allocate(pairs * stride + (0 if x.dtype == torch.float32 else x.numel()))
-    job = np.zeros(words.JOB_WORDS + 8, np.int64)
-    job = job[(-job.ctypes.data // 8) % 8 :][: words.JOB_WORDS]  # counters on cache lines of their own
-    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], tokens, out.data_ptr(),
-                  routes.experts, routes.offsets, routes.tokens, routes.weights, scratch, stride)  # fmt: skip
+    _check_tensors(int(layer.words[words.HIDDEN]), x, out)
+    _check_form(routes)
+    if scratch.dtype != np.float32 or len(scratch) < scratch_size(layer, x, routes):
+        raise ValueError(f"scratch memory must be float32 [{scratch_size(layer, x, routes)}] or longer")
+    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], out.data_ptr(),
+                  *routes, scratch, layer.stride)  # fmt: skip
     if status:
-        raise ValueError(_explain(status, layer, tokens, routes))
-    return job, scratch
+        raise ValueError(_explain(status, layer.num_experts, x.shape[0], routes))
 
 
-def _check_tensors(layer: Layer, x: torch.Tensor, out: torch.Tensor) -> None:
-    hidden = int(layer.words[words.HIDDEN])
+def check(hidden: int, num_experts: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+    """Raise what `prepare` would, for a call that other code than the kernels computes."""
+    _check_tensors(hidden, x, out)
+    _check_form(routes)
+    status = find_range_error(num_experts, x.shape[0], *routes)
+    if status:
+        raise ValueError(_explain(status, num_experts, x.shape[0], routes))
+
+
+def _check_form(routes: Routes) -> None:
+    for array, dtype in zip(routes, _ROUTES, strict=True):
+        if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+            raise TypeError(f"routes must be contiguous vectors of {_ROUTES}, not {array.dtype} {array.shape}")
+
+
+def _check_tensors(hidden: int, x: torch.Tensor, out: torch.Tensor) -> None:
     if x.dtype not in _X_KIND or out.dtype != torch.float32:
         raise TypeError(f"x must be fp32, bf16 or fp16 and out fp32, not {x.dtype} and {out.dtype}")
     if x.ndim != 2 or x.shape[1] != hidden or out.shape != x.shape:
@@ -122,11 +141,9 @@ def _check_tensors(layer: Layer, x: torch.Tensor, out: torch.Tensor) -> None:
             raise ValueError(f"{name} must be contiguous in host memory; it is on {tensor.device}, {tensor.stride()}")
 
 
-def _explain(status: int, layer: Layer, tokens: int, routes: Routes) -> str:
+def _explain(status: int, num_experts: int, tokens: int, routes: Routes) -> str:
     if status == BAD_EXPERT:
-        return (
-            f"routes name experts {routes.experts.min()}..{routes.experts.max()}, but 0..{layer.num_experts - 1} exist"
-        )
+        return f"routes name experts {routes.experts.min()}..{routes.experts.max()}, but 0..{num_experts - 1} exist"
     if status == BAD_TOKEN:
         return f"routes name tokens {routes.tokens.min()}..{routes.tokens.max()}, but 0..{tokens - 1} exist"
     assert status == BAD_OFFSETS

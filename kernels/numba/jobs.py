@@ -13,7 +13,8 @@ BAD_EXPERT, BAD_TOKEN, BAD_OFFSETS = 1, 2, 3
 
 
 @helper
-def _check(num_experts, num_tokens, experts, offsets, tokens, weights):  # type: ignore[no-untyped-def]
+def range_error(num_experts, num_tokens, experts, offsets, tokens, weights):  # type: ignore[no-untyped-def]
+    """0, or which part of the routes is out of range."""
     if len(offsets) != len(experts) + 1 or len(weights) != len(tokens):
         return BAD_OFFSETS
     if offsets[0] != 0 or offsets[-1] != len(tokens):
@@ -27,6 +28,11 @@ def _check(num_experts, num_tokens, experts, offsets, tokens, weights):  # type:
         if token < 0 or token >= num_tokens:
             return BAD_TOKEN
     return 0
+
+
+@entry("int64(int64, int64, int32[::1], int32[::1], int32[::1], float32[::1])")
+def find_range_error(num_experts, num_tokens, experts, offsets, tokens, weights):  # type: ignore[no-untyped-def]
+    return range_error(num_experts, num_tokens, experts, offsets, tokens, weights)
 
 
 @helper
@@ -44,7 +50,7 @@ def fill(  # type: ignore[no-untyped-def]
     job, layer, num_experts, x, x_kind, num_tokens, out, experts, offsets, tokens, weights, scratch, stride
 ):
     """Write the words of `job`; returns 0, or which argument is wrong (then nothing may be computed)."""
-    status = _check(num_experts, num_tokens, experts, offsets, tokens, weights)
+    status = range_error(num_experts, num_tokens, experts, offsets, tokens, weights)
     if status:
         return status
     plane = stride * len(tokens)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from moebius.kernels.experts import Act
 from moebius.kernels.numba import words
-from moebius.kernels.numba.activations import first_factor, second_factor
+from moebius.kernels.numba.activations import clamp_lanes, first_factor, second_factor, silu_lanes
 from moebius.kernels.numba.jit import entry, helper
 from moebius.kernels.numba.memory import atomic_add, atomic_load, peek, poke, reserve, size_of, wait_briefly, widen
+from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, splat, store, zeros
 from moebius.kernels.numba.tiles import dot1x1, dot2x4, dot4x4
 
 # Rows per unit: large enough that taking one (some 50 ns) does not show, small enough to balance 16 threads, and a
@@ -25,6 +27,7 @@ _BLOCK = _PITCH * GROUP
 _AHEAD = 4096
 _I32, _I64, _F32, _ZERO = np.int32(0), np.int64(0), np.float32(0), np.float32(0)
 _W = words.WORD
+_SILU = int(Act.SILU)
 
 
 @helper
@@ -141,21 +144,51 @@ def multiply(matrix, after, rows, n, x0, x1, x2, x3, pairs, target, element):  #
 @helper
 def activate(job, layer, expert, pair, pairs, start, stop, first, second, element):  # type: ignore[no-untyped-def]
     """Biases and the activation on a block's results, into the rows start..stop of the job's intermediate."""
-    gated = word(layer, words.GATE) != 0
-    kind, stride = word(layer, words.KIND), 4 * word(job, words.STRIDE)
-    alpha, gate_max, act_max = number(layer, words.ALPHA), number(layer, words.GATE_MAX), number(layer, words.ACT_MAX)
-    up_max, up_shift = number(layer, words.UP_MAX), number(layer, words.UP_SHIFT)
+    stride = 4 * word(job, words.STRIDE)
     up_bias = part(layer, words.UP_BIAS, expert)
-    first_bias = part(layer, words.GATE_BIAS, expert) if gated else up_bias
+    first_bias = part(layer, words.GATE_BIAS, expert) if word(layer, words.GATE) else up_bias
     for j in range(pairs):
-        target = word(job, words.INNER) + (pair + j) * stride
-        for row in range(start, stop):
-            value = peek(first + j * _PITCH + 4 * (row - start), _F32) + bias_at(first_bias, row, element)
-            value = first_factor(kind, alpha, gate_max, act_max, value)
-            if gated:
-                up = peek(second + j * _PITCH + 4 * (row - start), _F32) + bias_at(up_bias, row, element)
-                value *= second_factor(kind, up_max, up_shift, up)
-            poke(target + 4 * row, value)
+        target, skip = word(job, words.INNER) + (pair + j) * stride, j * _PITCH
+        if word(layer, words.KIND) == _SILU:
+            for row in range(start, stop, LANES):
+                offset, count = skip + 4 * (row - start), stop - row
+                g = add(load(first + offset, _F32), bias_lanes(first_bias, row, count, element))
+                u = add(load(second + offset, _F32), bias_lanes(up_bias, row, count, element))
+                store(target + 4 * row, _silu(layer, g, u))  # STRIDE leaves room for whole vectors
+        else:
+            for row in range(start, stop):
+                offset = skip + 4 * (row - start)
+                g = peek(first + offset, _F32) + bias_at(first_bias, row, element)
+                u = peek(second + offset, _F32) + bias_at(up_bias, row, element)
+                poke(target + 4 * row, _generic(layer, g, u))
+
+
+@helper
+def _silu(layer, g, u):  # type: ignore[no-untyped-def]
+    alpha, gate_max = splat(number(layer, words.ALPHA)), splat(number(layer, words.GATE_MAX))
+    result = silu_lanes(alpha, gate_max, splat(number(layer, words.ACT_MAX)), g)
+    if word(layer, words.GATE):
+        up_max, up_shift = splat(number(layer, words.UP_MAX)), splat(number(layer, words.UP_SHIFT))
+        result = mul(result, clamp_lanes(up_max, up_shift, u))
+    return result
+
+
+@helper
+def _generic(layer, g, u):  # type: ignore[no-untyped-def]
+    kind, alpha, gate_max = word(layer, words.KIND), number(layer, words.ALPHA), number(layer, words.GATE_MAX)
+    result = first_factor(kind, alpha, gate_max, number(layer, words.ACT_MAX), g)
+    if word(layer, words.GATE):
+        result *= second_factor(kind, number(layer, words.UP_MAX), number(layer, words.UP_SHIFT), u)
+    return result
+
+
+@helper
+def bias_lanes(bias, index, count, element):  # type: ignore[no-untyped-def]
+    """Sixteen elements of a bias, of which `count` exist; zeros where there is none."""
+    if not bias:
+        return zeros()
+    address = bias + size_of(element) * index
+    return load(address, element) if count >= LANES else load_first(address, count, element)
 
 
 @helper
@@ -189,8 +222,11 @@ def _add(job, layer, expert, pair, start, stop, y, element):  # type: ignore[no-
     """Add one pair's weighted outputs start..stop."""
     token, weight = entry_of(word(job, words.TOKENS), pair), peek(word(job, words.WEIGHTS) + 4 * pair, _F32)
     target = word(job, words.OUT) + 4 * token * word(layer, words.HIDDEN)
-    bias = part(layer, words.DOWN_BIAS, expert)
-    for row in range(start, stop):
+    bias, whole = part(layer, words.DOWN_BIAS, expert), start + (stop - start) // LANES * LANES
+    for row in range(start, whole, LANES):
+        value = add(load(y + 4 * (row - start), _F32), bias_lanes(bias, row, LANES, element))
+        store(target + 4 * row, fma(splat(weight), value, load(target + 4 * row, _F32)))
+    for row in range(whole, stop):
         value = peek(y + 4 * (row - start), _F32) + bias_at(bias, row, element)
         poke(target + 4 * row, peek(target + 4 * row, _F32) + weight * value)
 

@@ -7,14 +7,16 @@ uint16 for bf16, int16 for fp16 (Numba has neither on the CPU, so they travel as
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 
-from moebius.kernels.numba.jit import intrinsic
+from moebius.kernels.numba.jit import helper, intrinsic
 
 LANES = 16
 _I1, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -161,3 +163,100 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def splat(typingctx, value):  # type: ignore[no-untyped-def]
+    """Sixteen times one fp32 number."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        single = builder.insert_element(ir.Constant(_V32, ir.Undefined), args[0], _I32(0))
+        return builder.shuffle_vector(single, single, _lanes(0, _I32))
+
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def sub(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a - b."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def mul(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a * b."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@intrinsic
+def div(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a / b."""
+    return f32x16(f32x16, f32x16), lambda context, builder, signature, args: builder.fdiv(*args)
+
+
+@intrinsic
+def at_most(typingctx, a, limit):  # type: ignore[no-untyped-def]
+    """The smaller of two, where NaN in `a` stays NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered(">", *args), args[1], args[0])
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def at_least(typingctx, a, limit):  # type: ignore[no-untyped-def]
+    """The larger of two, where NaN in `a` stays NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered("<", *args), args[1], args[0])
+
+    return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def nearest(typingctx, value):  # type: ignore[no-untyped-def]
+    """Rounded to the nearest integers, still fp32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(_V32, [_V32])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.rint.v16f32"), args)
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def power_of_two(typingctx, exponent):  # type: ignore[no-untyped-def]
+    """2 ** exponent for integers from -126 to 127; anything for NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        integers = ir.VectorType(_I32, LANES)
+        number = builder.fcmp_ordered("ord", args[0], args[0])  # converting NaN would be undefined
+        exponent = builder.fptosi(builder.select(number, args[0], _lanes(0.0, _F32)), integers)
+        return builder.bitcast(builder.shl(builder.add(exponent, _lanes(127, _I32)), _lanes(23, _I32)), _V32)
+
+    return f32x16(f32x16), codegen
+
+
+_LOG2_E, _HALF = np.float32(math.log2(math.e)), np.float32(0.5)
+# ln 2 in two parts: the first has zeros at the end, so that its product with an exponent is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_C2, _C3, _C4 = np.float32(0.49999994), np.float32(0.1666652), np.float32(0.041668393)
+_C5, _C6 = np.float32(0.008368781), np.float32(0.0013814467)
+_ONE, _HIGHEST, _LOWEST = np.float32(1), np.float32(100), np.float32(-110)  # beyond: infinity, zero
+
+
+@helper
+def exp(x):  # type: ignore[no-untyped-def]
+    """e ** x to 2 ulp, with infinity, zero, subnormals and NaN where they belong.
+
+    Range reduction to |r| <= ln(2) / 2, then a polynomial of relative error 5e-9 (minimax fit).
+    """
+    x = at_least(at_most(x, splat(_HIGHEST)), splat(_LOWEST))
+    n = nearest(mul(x, splat(_LOG2_E)))
+    r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
+    p = fma(splat(_C6), r, splat(_C5))
+    p = fma(fma(fma(p, r, splat(_C4)), r, splat(_C3)), r, splat(_C2))
+    p = fma(mul(p, r), r, add(r, splat(_ONE)))
+    half = nearest(mul(n, splat(_HALF)))  # two factors, since 2 ** n itself leaves the range of exponents
+    return mul(mul(p, power_of_two(half)), power_of_two(sub(n, half)))

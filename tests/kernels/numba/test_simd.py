@@ -8,7 +8,7 @@ import torch
 
 from moebius.kernels.numba.jit import entry
 from moebius.kernels.numba.memory import address_of, peek, size_of, widen
-from moebius.kernels.numba.simd import LANES, fma, load, load_first, store, total
+from moebius.kernels.numba.simd import LANES, exp, fma, load, load_first, store, total
 
 _BF16, _FP16, _F32 = np.uint16(0), np.int16(0), np.float32(0)
 
@@ -80,3 +80,25 @@ def test_fma_and_total_use_every_lane_once() -> None:
     """Bug: a shuffle that drops or doubles a lane; powers of two make every lane visible in the sum."""
     a, b, c = 2.0 ** np.arange(LANES, dtype=np.float32), np.full(LANES, 2, np.float32), np.ones(LANES, np.float32)
     assert _fused(a.astype(np.float32), b, c) == 2 * (2**LANES - 1) + LANES
+
+
+@entry("void(float32[::1], float32[::1])")
+def _exponentials(values, out):  # type: ignore[no-untyped-def]
+    for k in range(0, len(values), LANES):
+        store(address_of(out) + 4 * k, exp(load(address_of(values) + 4 * k, _F32)))
+
+
+def test_exp_is_exact_to_two_units_and_saturates_like_the_library() -> None:
+    """Bug: a wrong coefficient or range reduction; NaN, overflow or subnormals lost at the ends."""
+    values = np.linspace(-104, 89, 1 << 16, dtype=np.float32)
+    values[:5] = np.nan, np.inf, -np.inf, 0, -0.0
+    out = np.empty_like(values)
+    _exponentials(values, out)
+    with np.errstate(over="ignore", under="ignore"):
+        exact = np.exp(values.astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(exact))
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(exact))
+    finite = np.isfinite(exact)
+    assert np.abs(out[finite].view(np.int32) - exact[finite].view(np.int32)).max() <= 2
+    assert out[1] == np.inf
+    assert out[2] == 0

@@ -1,0 +1,71 @@
+"""Sorting a layer's routing by expert, compiled: the decode path does it once per layer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moebius.kernels.numba.jit import entry
+
+
+@entry("Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))(int64[:,::1], float32[:,::1], int64)")
+def sort_by_expert(ids, weights, num_experts):  # type: ignore[no-untyped-def]
+    """Counting sort of the pairs that have an expert and a weight.
+
+    Returns the four arrays of `Routes`; empty `offsets` mean that an id is outside -1..E.
+    """
+    tokens, k = ids.shape
+    start = np.zeros(num_experts + 1, np.int32)  # start[e + 1] counts e, then becomes where e's next pair goes
+    for t in range(tokens):
+        for rank in range(k):
+            expert = ids[t, rank]
+            if expert < -1 or expert > num_experts:
+                nothing = np.empty(0, np.int32)
+                return nothing, nothing, nothing, np.empty(0, np.float32)
+            if expert >= 0 and expert < num_experts and weights[t, rank] != 0:
+                start[expert + 1] += 1
+    active = 0
+    for expert in range(num_experts):
+        active += start[expert + 1] > 0
+    experts, offsets = np.empty(active, np.int32), np.zeros(active + 1, np.int32)
+    active, total = 0, np.int32(0)
+    for expert in range(num_experts):
+        count = start[expert + 1]
+        start[expert] = total
+        if count:
+            experts[active] = expert
+            total += count
+            active += 1
+            offsets[active] = total
+    pair_tokens, pair_weights = np.empty(total, np.int32), np.empty(total, np.float32)
+    for t in range(tokens):
+        for rank in range(k):
+            expert, weight = ids[t, rank], weights[t, rank]
+            if expert >= 0 and expert < num_experts and weight != 0:
+                pair_tokens[start[expert]], pair_weights[start[expert]] = t, weight
+                start[expert] += 1
+    return experts, offsets, pair_tokens, pair_weights
+
+
+@entry(
+    "Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))"
+    "(int32[::1], int32[::1], int32[::1], float32[::1], boolean[::1])"
+)
+def keep_experts(experts, offsets, tokens, weights, mask):  # type: ignore[no-untyped-def]
+    """The part of routes whose experts have a true entry in `mask`."""
+    active, pairs = 0, 0
+    for i in range(len(experts)):
+        if mask[i]:
+            active += 1
+            pairs += offsets[i + 1] - offsets[i]
+    kept, bounds = np.empty(active, np.int32), np.zeros(active + 1, np.int32)
+    kept_tokens, kept_weights = np.empty(pairs, np.int32), np.empty(pairs, np.float32)
+    active, pairs = 0, 0
+    for i in range(len(experts)):
+        if mask[i]:
+            for p in range(offsets[i], offsets[i + 1]):
+                kept_tokens[pairs], kept_weights[pairs] = tokens[p], weights[p]
+                pairs += 1
+            kept[active] = experts[i]
+            active += 1
+            bounds[active] = pairs
+    return kept, bounds, kept_tokens, kept_weights
