@@ -69,7 +69,7 @@ class Pool:
             if upload.completion.error is None:
                 self.table.publish(slot)
                 continue
-            self._clear(slot)
+            self._release(slot)
             if not upload.awaited:
                 failed.append(upload)
         if failed:
@@ -124,15 +124,15 @@ class Pool:
         """Forget all contents, after `settle`."""
         self._uploads.clear()
         for slot in range(self.table.slots):
-            self._clear(slot)
+            self._release(slot)
 
     def resident(self) -> np.ndarray:
         """Visible experts of each layer, int64 [L of the pool]."""
         return np.add.reduceat(self.table.visible >= 0, self.table.base[:-1], dtype=np.int64)
 
     def _begin(self, slot: int, layer: int, expert: int, reason: Reason) -> None:
-        self._clear(slot)  # invisible before the copy starts
-        self.table.reserve(slot, layer, expert)
+        self._count_waste(slot)
+        self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
         source = self._records[layer][expert]
         try:
             completion = self._device.copy(self.memory[slot], source, self._readers[slot], reason is Reason.DEMAND)
@@ -147,8 +147,11 @@ class Pool:
         self._counters.prefetch_issued[number] += reason is Reason.PREFETCH
         self._counters.demand_fetches[number] += reason is Reason.DEMAND
 
-    def _clear(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
+        self._count_waste(slot)
+        self.table.release(slot)
+
+    def _count_waste(self, slot: int) -> None:
         if self._unproven[slot]:
             self._counters.prefetch_wasted[self._layers[self.table.layer_and_expert(slot)[0]]] += 1
             self._unproven[slot] = False
-        self.table.release(slot)
