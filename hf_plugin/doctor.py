@@ -89,20 +89,20 @@ class Report:
         return asdict(self)
 
 
-def examine(step: Callable[[str], None] = lambda _: None) -> Report:
+def examine(progress: Callable[[str, float], None] = lambda _step, _done: None) -> Report:
     """Examine this machine; takes about two seconds, most of it for measuring the memory.
 
     Args:
-        step: called with the name of each step as it begins.
+        progress: called as each step begins, with its name and the fraction done of the whole.
     """
-    step("processor")
+    progress("processor", 0.0)
     cpu = machine.cpu()
-    step("memory bandwidth")
+    progress("memory bandwidth", 0.1)
     memory = measure_memory(cpu)
-    step("GPU and Triton")
+    progress("GPU and Triton", 0.5)
     gpus = find_gpus()
     triton, pinned, transformers = check_triton(gpus), check_pinned_memory(gpus), check_transformers()
-    step("kernel cache")
+    progress("kernel cache", 0.9)
     cache = find_kernel_cache()
     plan = make_plan(cpu, gpus, triton, pinned, transformers, cache)
     return Report(versions(), cpu, memory, gpus, triton, pinned, transformers, cache, plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
-from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out
+from moebius.hf_plugin.cli.console import Update, hide_progress_of_libraries, out, progress_bar
 from moebius.hf_plugin.generation import (
     TIE_MARGIN,
     Agreement,
@@ -63,20 +62,21 @@ def demo(
     tokenizer = AutoTokenizer.from_pretrained(path)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    with err.status("stock is generating") as status:
-        found = _compare(loaded, prompt, new_tokens, status.update)
+    with progress_bar("demo") as update:
+        found = _compare(loaded, prompt, new_tokens, update)
     _show(found, str(tokenizer.decode(found.patched.tokens)))
     if not (found.agreement.same or found.agreement.tie) or not found.weights_equal:
         raise typer.Exit(1)
 
 
-def _compare(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, step: Callable[[str], None]) -> _Comparison:
+def _compare(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, update: Update) -> _Comparison:
     options = {"device": "cuda" if torch.cuda.is_available() else "emulated", "gpu_memory": 0.25}
     before = copy.deepcopy(model.state_dict())
+    update("stock is generating", 0.0)
     stock = _timed(model, prompt, new_tokens)
-    step("patching; the first run on a machine compiles kernels")
+    update("patching", 0.4)
     moebius.patch(model, **options)
-    step("Moebius is generating")
+    update("Moebius is generating (the first run on a machine compiles kernels)", 0.5)
     patched = _timed(model, prompt, new_tokens)
     statistics = moebius.stats(model)
     moebius.unpatch(model)

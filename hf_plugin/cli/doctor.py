@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from moebius.hf_plugin.cli.console import err, out, print_json
+from moebius.hf_plugin.cli.console import out, print_json, progress_bar
 from moebius.hf_plugin.doctor import Finding, Report, examine
 
 GIB = 1 << 30
@@ -15,8 +15,8 @@ GIB = 1 << 30
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """Examine this machine: what Moebius will use, what it falls back to, and why."""
-    with err.status("examining the machine") as status:
-        report = examine(lambda step: status.update(f"examining the machine: {step}"))
+    with progress_bar("examining the machine") as update:
+        report = examine(update)
     if as_json:
         print_json(report.to_dict())
     else:
