@@ -15,6 +15,8 @@ from torch import nn
 
 from moebius.kernels.experts import ExpertWeights
 
+Parts = tuple[torch.Tensor | None, ...]  # in the order of `ExpertWeights`
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertParams:
@@ -46,20 +48,29 @@ class ExpertParams:
         """The parameters' data by name."""
         return {name: owner._parameters[name].data for name in self.names}  # type: ignore[union-attr]
 
-    def views(self, tensors: dict[str, torch.Tensor]) -> ExpertWeights:
-        """Views [E, ...] of all routed experts' weights within the module's own tensors."""
-        if self.flat:
-            w1, v1, w2 = (tensors[name].view(-1, self.intermediate, self.hidden) for name in FLAT_NAMES)
-            return ExpertWeights(w1, v1, w2.mT, None, None, None)
+    def views(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Views [E, ...] of all routed experts' weights in those of the module's tensors that are given.
+
+        The names are those of `ExpertWeights`.
+        """
+        parts = ExpertWeights._make(self._flat(tensors) if self.flat else self._packed(tensors))
+        return {name: part for name, part in parts._asdict().items() if part is not None}
+
+    def _flat(self, tensors: dict[str, torch.Tensor]) -> Parts:
+        w1, v1, w2 = (
+            None if rows is None else rows.view(-1, self.intermediate, self.hidden)
+            for rows in map(tensors.get, FLAT_NAMES)
+        )
+        return w1, v1, None if w2 is None else w2.mT, None, None, None
+
+    def _packed(self, tensors: dict[str, torch.Tensor]) -> Parts:
         first = "gate_up_proj" if self.gated else "up_proj"
-        rows, down = tensors[first][: self.num_experts], tensors["down_proj"]
+        rows, down = tensors.get(first), tensors.get("down_proj")
         if self.transposed:
-            rows, down = rows.mT, down.mT
+            rows, down = (None if matrix is None else matrix.mT for matrix in (rows, down))
         gate, up = self._split(rows)
-        if not self.biased:
-            return ExpertWeights(gate, up, down, None, None, None)
-        gate_bias, up_bias = self._split(tensors[f"{first}_bias"])
-        return ExpertWeights(gate, up, down, gate_bias, up_bias, tensors["down_proj_bias"])
+        gate_bias, up_bias = self._split(tensors.get(f"{first}_bias"))
+        return gate, up, down, gate_bias, up_bias, tensors.get("down_proj_bias")
 
     def surplus(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows of packed tensors beyond the routed experts, which nothing computes with but a checkpoint holds."""
@@ -67,9 +78,10 @@ class ExpertParams:
             return {}
         return {name: t[self.num_experts :] for name, t in tensors.items() if len(t) > self.num_experts}
 
-    def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if not self.gated:
+    def _split(self, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if rows is None or not self.gated:
             return None, rows
+        rows = rows[: self.num_experts]
         if self.concatenated:
             return rows[:, : self.intermediate], rows[:, self.intermediate :]
         return rows[:, 0::2], rows[:, 1::2]

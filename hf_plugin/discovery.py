@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,30 +52,37 @@ class ExpertsSite:
         return next(iter(self.tensors().values())).dtype
 
     @property
+    def kind(self) -> object:
+        """Equal for modules that compute the same way; one of each kind is verified."""
+        return type(self.module), self.convention, self.spec.activation, replace(self.params, num_experts=0)
+
+    @property
     def identity(self) -> int:
         """Equal for modules that share their parameters."""
         return id(self.owner._parameters[self.params.names[-1]])
 
 
-def find_sites(model: nn.Module) -> list[ExpertsSite]:
+def find_sites(model: nn.Module, loaded: bool = True) -> list[ExpertsSite]:
     """All routed experts of `model` in the order of its modules, verified one by one.
+
+    Args:
+        loaded: whether the weights are there; if not, `verify_once` is due when they are.
 
     Raises:
         ValueError: there are none, or some cannot be taken over; the message names the module, the cause and a remedy.
     """
-    sites, verified = [], set()
+    sites: list[ExpertsSite] = []
+    verified: set[object] = set()
     for name, module in model.named_modules():
         found = expert_params(module)
         if found is None or (call := convention(module)) is None:
             continue
         owner, params = found
-        _check_state(model, name, module, owner, params.tensors(owner))
+        _check_state(model, name, module, owner, params.tensors(owner), loaded)
         spec = _spec(module, owner, params)
         site = ExpertsSite(name, module, owner, params, call, spec, bool(getattr(module, "zero_expert_num", 0)))
-        key = (type(module), call, site.spec.activation, params.transposed, params.concatenated, params.hidden)
-        if key not in verified:
-            _verify(site)
-            verified.add(key)
+        if loaded:
+            verify_once(site, verified)
         sites.append(site)
     if not sites:
         raise ValueError(_nothing_found(model))
@@ -85,7 +92,8 @@ def find_sites(model: nn.Module) -> list[ExpertsSite]:
 def _nothing_found(model: nn.Module) -> str:
     kind = type(model).__name__
     config = getattr(model, "config", None)
-    looks_moe = [key for key in vars(config or {}) if "expert" in key and getattr(config, key)] if config else []
+    own = {} if config is None else {key: value for key, value in vars(config).items() if not key.startswith("_")}
+    looks_moe = [key for key, value in own.items() if "expert" in key and value]
     if looks_moe:
         return (
             f"{kind} has expert options in its configuration ({', '.join(sorted(looks_moe)[:4])}), but no module that "
@@ -96,7 +104,12 @@ def _nothing_found(model: nn.Module) -> str:
 
 
 def _check_state(
-    model: nn.Module, name: str, module: nn.Module, owner: nn.Module, tensors: dict[str, torch.Tensor]
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    owner: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    loaded: bool,
 ) -> None:
     where = f"experts module {name!r}"
     if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in (module, owner)):
@@ -112,7 +125,7 @@ def _check_state(
             "(merge_and_unload) or remove it, then patch"
         )
     for key, tensor in tensors.items():
-        if tensor.device.type == "meta":
+        if loaded and tensor.device.type == "meta":
             raise ValueError(f"{where} has no data: {key} is on the meta device; load the weights before patching")
         if tensor.dtype not in FORMATS.values():
             raise ValueError(
@@ -174,6 +187,17 @@ def _gate_function(module: nn.Module, owner: nn.Module, params: ExpertParams) ->
     return gated
 
 
+def verify_once(site: ExpertsSite, verified: set[object]) -> None:
+    """Prove that a site computes what its layout says, unless one of its kind is in `verified` already.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    if site.kind not in verified:
+        _verify(site)
+        verified.add(site.kind)
+
+
 def _verify(site: ExpertsSite) -> None:
     """Run the module's own forward on a few random tokens and compare: refuse a surprise, never compute it wrongly."""
     device = next(iter(site.tensors().values())).device
@@ -224,7 +248,7 @@ def reference_output(site: ExpertsSite, x: torch.Tensor, ids: torch.Tensor, weig
 
 def _add_experts(
     site: ExpertsSite,
-    experts: ExpertWeights,
+    experts: dict[str, torch.Tensor],
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: np.ndarray,
@@ -232,5 +256,6 @@ def _add_experts(
 ) -> None:
     e = site.params.num_experts
     routes = build_routes(np.minimum(ids.numpy(), e), weights, e)
-    active = [ExpertWeights(*(None if p is None else p[i] for p in experts)) for i in routes.experts]  # type: ignore[arg-type]
+    absent = dict.fromkeys(ExpertWeights._fields)
+    active = [ExpertWeights(**absent | {name: part[i] for name, part in experts.items()}) for i in routes.experts]  # type: ignore[arg-type]
     moe_forward(site.spec, active, x, routes, out)

@@ -26,7 +26,7 @@ from moebius.hf_plugin.adapters import Convention
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.hf_plugin.gates import LayerGate
 from moebius.hf_plugin.op import LAYERS, experts
-from moebius.kernels.experts import FORMATS, ExpertWeights, RecordLayout
+from moebius.kernels.experts import FORMATS, RecordLayout
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
@@ -61,7 +61,7 @@ class PatchedLayer:
         self._arguments = _argument_names(site.module)
         self._module_ref, self._owner_ref = ref(site.module), ref(site.owner)
         self._params, self._dtype = site.params, site.dtype
-        self._saved: dict[str, Any] = {}
+        self._former_forward = site.module.__dict__.get("forward", _MISSING)
         if twin is None:
             self._take(site, format, keep)
         else:
@@ -90,9 +90,15 @@ class PatchedLayer:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy one of the module's weights into the store."""
-        copy_weights(self.store.layout.view(self.store.records), self._params.views({name: tensor}))
+        records = self.store.layout.view(self.store.records)
+        for part, view in self._params.views({name: tensor}).items():
+            getattr(records, part).copy_(view)
         self._surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
         self.absent.discard(name)
+
+    def placeholder(self, name: str) -> nn.Parameter | None:
+        """What stands in for the module's weight of that name; None for other parameters of the module."""
+        return self._placeholders.get(name)
 
     def _register(self) -> None:
         self.id = next(_ids)
@@ -103,7 +109,6 @@ class PatchedLayer:
     def install(self) -> None:
         """Replace the module's methods and free its weights."""
         module, owner = self._module(), self._owner()
-        self._saved = {"forward": module.__dict__.get("forward", _MISSING)}
         module.__dict__[ATTRIBUTE] = self
         module.__dict__["forward"] = self.forward
         for name in _STATE_METHODS:
@@ -121,10 +126,12 @@ class PatchedLayer:
             parameter.requires_grad_(owner.get_parameter(name).requires_grad)
             owner._parameters[name] = parameter
         for name in _STATE_METHODS:
-            del owner.__dict__[name]
-        del module.__dict__["forward"], module.__dict__[ATTRIBUTE]
-        if self._saved["forward"] is not _MISSING:
-            module.__dict__["forward"] = self._saved["forward"]
+            owner.__dict__.pop(name, None)  # installing may have been interrupted
+        module.__dict__.pop(ATTRIBUTE, None)
+        if self._former_forward is _MISSING:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = self._former_forward
 
     def tensors(self, devices: dict[str, torch.device] | None = None) -> dict[str, torch.Tensor]:
         """The module's weights as it had them, copied out of the store (to host memory by default)."""
@@ -134,7 +141,9 @@ class PatchedLayer:
             name: torch.empty(p.shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
             for name, p in self._placeholders.items()
         }
-        copy_weights(self._params.views(result), self.store.layout.view(self.store.records))
+        records = self.store.layout.view(self.store.records)
+        for part, view in self._params.views(result).items():
+            view.copy_(getattr(records, part))
         for name, rows in self._surplus.items():
             result[name][-len(rows) :] = rows
         return result
@@ -211,7 +220,9 @@ class PatchedLayer:
             )
         spec = self.store.spec
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
-        copy_weights(store.layout.view(store.records), self.store.layout.view(self.store.records))
+        for to, part in zip(store.layout.view(store.records), self.store.layout.view(self.store.records), strict=True):
+            if to is not None and part is not None:
+                to.copy_(part)
         self._surplus = {name: rows.to(dtype) for name, rows in self._surplus.items()}
         self.store, self._dtype = store, dtype
         self.runtime.replace_store(self.index, store)
@@ -255,13 +266,6 @@ class PatchedLayer:
         raise TypeError(
             "a patched model cannot be pickled: unpatch it first, or use save_pretrained, which works patched"
         )
-
-
-def copy_weights(target: ExpertWeights, source: ExpertWeights) -> None:
-    """Copy all parts, converting the dtype where it differs."""
-    for to, part in zip(target, source, strict=True):
-        if to is not None and part is not None:
-            to.copy_(part)
 
 
 def _alive(reference: ref[nn.Module]) -> nn.Module:

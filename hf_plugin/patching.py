@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -42,33 +43,45 @@ def patch(model: Model, **options: Any) -> Model:
         TypeError: an option is unknown.
         RuntimeError: the device asked for is not there.
     """
-    chosen = _options(options)
+    chosen = make_options(options)
     if is_patched(model):
         raise ValueError("the model is already patched; call moebius.unpatch(model) first, then patch with new options")
     sites = find_sites(model)
-    _check_budget(chosen, sites)
-    formats = [_format(site, chosen) for site in sites]
+    check_budget(chosen, sites)
+    formats = [_lossless_format(site, chosen) for site in sites]
     layers: list[PatchedLayer] = []
-    owners: dict[int, PatchedLayer] = {}  # by identity of the weights: models may tie the experts of two modules
     try:
-        for index, (site, format) in enumerate(zip(sites, formats, strict=True)):
-            parent, identity = parent_of(model, site.name), site.identity
-            layer = PatchedLayer(index, site, parent, format, chosen.keep_original, owners.get(identity))
-            layer.install()
+        for layer in make_layers(model, sites, formats, chosen):
             layers.append(layer)
-            owners[identity] = layer
-        runtime = ModelRuntime(chosen, layers)
-        for layer in layers:
-            layer.runtime = runtime
-        _to_device(model, runtime)
-        runtime.open()
+            layer.install()
+        start(model, layers, chosen)
     except BaseException:
         _give_back(model, layers)
         raise
+    return model
+
+
+def make_layers(
+    model: nn.Module, sites: list[ExpertsSite], formats: list[str], options: Options
+) -> Iterator[PatchedLayer]:
+    """A layer for each site, which has copied the site's weights but not taken its place yet."""
+    owners: dict[int, PatchedLayer] = {}  # by identity of the weights: models may tie the experts of two modules
+    for index, (site, format) in enumerate(zip(sites, formats, strict=True)):
+        parent, identity = parent_of(model, site.name), site.identity
+        owners[identity] = PatchedLayer(index, site, parent, format, options.keep_original, owners.get(identity))
+        yield owners[identity]
+
+
+def start(model: nn.Module, layers: list[PatchedLayer], options: Options) -> None:
+    """Give installed layers what they share, and the model its place."""
+    runtime = ModelRuntime(options, layers)
+    for layer in layers:
+        layer.runtime = runtime
+    _to_device(model, runtime)
+    runtime.open()
     for module in model.modules():
         if hasattr(type(module), _COMPILES):  # a replayed graph would skip the CPU's part of every layer
             module.__dict__[_COMPILES] = _never
-    return model
 
 
 def unpatch(model: Model) -> Model:
@@ -80,10 +93,12 @@ def unpatch(model: Model) -> Model:
     layers = _patched_layers(model)
     if not layers:
         raise ValueError("the model is not patched")
+    if lossy := [layer.name for layer in layers if not layer.lossless]:
+        raise ValueError(
+            f"the experts of {lossy[0]!r} were loaded straight into a format that does not hold their original values; "
+            "load the checkpoint again for the unpatched model"
+        )
     _give_back(model, layers)
-    for module in model.modules():
-        if module.__dict__.get(_COMPILES) is _never:
-            del module.__dict__[_COMPILES]
     return model
 
 
@@ -122,7 +137,8 @@ def _patched_layers(model: nn.Module) -> list[PatchedLayer]:
     return [layer for module in model.modules() if (layer := module.__dict__.get(ATTRIBUTE)) is not None]
 
 
-def _options(options: dict[str, Any]) -> Options:
+def make_options(options: dict[str, Any]) -> Options:
+    """Options from keyword arguments, all checked, with the device resolved."""
     known = [field.name for field in fields(Options)]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")
@@ -136,12 +152,12 @@ def _options(options: dict[str, Any]) -> Options:
     return replace(chosen, device=resolve_device(chosen.device))
 
 
-def _check_budget(options: Options, sites: list[ExpertsSite]) -> None:
+def check_budget(options: Options, sites: list[ExpertsSite]) -> None:
     """Raise what the options alone show to be impossible, before anything is touched."""
     if options.device == "cpu":
         return
     open_device(options.device, options.emulated_link).close()
-    sizes = [RecordLayout.of(site.spec, _format_name(site, options)).nbytes for site in sites]
+    sizes = [RecordLayout.of(site.spec, format_name(site, options)).nbytes for site in sites]
     total = sum(size * site.params.num_experts for size, site in zip(sizes, sites, strict=True))
     wanted, least = parse_memory(options.gpu_memory, total), sum(set(sizes))
     if wanted is not None and wanted < least:
@@ -151,15 +167,16 @@ def _check_budget(options: Options, sites: list[ExpertsSite]) -> None:
         )
 
 
-def _format_name(site: ExpertsSite, options: Options) -> str:
+def format_name(site: ExpertsSite, options: Options) -> str:
+    """The storage format of a site's experts."""
     if options.expert_format != "native":
         return options.expert_format
     return next(name for name, dtype in FORMATS.items() if dtype == site.dtype)
 
 
-def _format(site: ExpertsSite, options: Options) -> str:
+def _lossless_format(site: ExpertsSite, options: Options) -> str:
     """The storage format of a site's experts, which must give its weights back byte for byte."""
-    name = _format_name(site, options)
+    name = format_name(site, options)
     if not options.keep_original and not all(_survives(t, FORMATS[name]) for t in site.tensors().values()):
         raise ValueError(
             f"expert_format={name!r} would change weights of {site.name!r} ({site.dtype}), so that unpatch could not "
@@ -194,6 +211,9 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
             runtime.release(layer)
     if moved:
         model.to("cpu")
+    for module in model.modules():
+        if module.__dict__.get(_COMPILES) is _never:
+            del module.__dict__[_COMPILES]
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:
