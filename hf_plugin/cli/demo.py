@@ -111,6 +111,7 @@ def _show(found: _Comparison, text: str) -> None:
     slow, fast = found.stock, found.patched
     out.print(f"tokens/s  stock {slow.decode_tok_s:.1f}, Moebius {fast.decode_tok_s:.1f}", highlight=False)
     out.print(f"first token  stock {slow.first_token_s:.3f} s, Moebius {fast.first_token_s:.3f} s", highlight=False)
+    out.print("[dim]one run of each, not a measurement: for that there is `moebius bench generate`[/]", highlight=False)
     typer.echo(str(found.statistics))
     if found.weights_equal:
         out.print("[green]Unpatched: all weights are equal to the original, byte for byte.[/]", highlight=False)
