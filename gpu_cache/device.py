@@ -123,6 +123,8 @@ def _find(name: str) -> torch.device:
         index = torch.accelerator.current_device_index()
     if index >= count:
         raise RuntimeError(f"{name!r} was asked for, but there are {count} {found.type} devices, numbered from 0")
+    if not hasattr(torch.get_device_module(found), "Stream"):
+        raise RuntimeError(f"{name!r} has no streams in torch, so copies would block the computation; {remedy}")
     return torch.device(device.type, index)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -21,11 +22,18 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
     """Triton on an accelerator, torch on the emulated device (Triton there too under TRITON_INTERPRET=1).
 
     Experts with torch code of their own (`Act.CUSTOM`, `post_norm`) run through torch everywhere.
+
+    Raises:
+        RuntimeError: Triton is needed and not installed.
     """
     own_code = spec.activation.kind == Act.CUSTOM or spec.post_norm is not None
     if own_code or (device.type == "cpu" and not interpreted()):
         return partial(run_reference, spec, layout)
-    from moebius.kernels.triton import experts  # needs triton, which an emulated run does not
+    if find_spec("triton") is None:
+        raise RuntimeError(
+            f"experts on {device} run through Triton: install it (`pip install triton`), or use device='cpu'"
+        )
+    from moebius.kernels.triton import experts  # here, because an emulated run does not need triton
 
     return partial(experts.moe_forward, spec, layout)
 

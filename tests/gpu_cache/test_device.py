@@ -32,6 +32,18 @@ def test_names_that_are_no_device_with_a_cache(name):
         open_device(name)
 
 
+def test_an_accelerator_without_streams_is_refused(monkeypatch):
+    """mps, which "auto" would find."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    with pytest.raises(RuntimeError, match="'mps' has no streams"):
+        open_device("mps")
+    with pytest.raises(RuntimeError, match="there are 1 mps devices"):
+        open_device("mps:1")
+
+
 def test_a_link_speed_is_for_the_emulated_device():
     with pytest.raises(ValueError, match="emulated_link=5 has no meaning on 'cuda'"):
         open_device("cuda", 5)

@@ -34,6 +34,12 @@ def test_choice(monkeypatch, spec, device, interpreted, code):
     assert chosen.func.__module__ == code  # type: ignore[attr-defined]
 
 
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr(executor, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        make_executor(PLAIN, RecordLayout.of(PLAIN, "fp32"), GPU)
+
+
 def test_reference_reads_the_slots_it_is_given():
     layer = make_layers()[0]
     pool = layer.records[[3, 5, 0]]
