@@ -212,19 +212,20 @@ class PatchedLayer:
 
     def _convert(self, dtype: torch.dtype) -> None:
         format = next((name for name, known in FORMATS.items() if known == dtype), None)
-        if format is None or self._kept is not None or self.store.layout.dtype != self._dtype:
+        if format is None or (not self.lossless and self._kept is None):
             raise RuntimeError(
                 f"the patched experts of {self.name!r} are {self._dtype}, stored as {self.store.layout.format}, and "
                 f"cannot become {dtype}: unpatch the model, convert it, and patch it again "
                 f"(experts can be {', '.join(FORMATS)})"
             )
+        weights = {name: tensor.to(dtype) for name, tensor in self.tensors().items()}
+        if self._kept is not None:
+            self._kept, format = weights, self.store.layout.format
         spec = self.store.spec
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
-        for to, part in zip(store.layout.view(store.records), self.store.layout.view(self.store.records), strict=True):
-            if to is not None and part is not None:
-                to.copy_(part)
-        self._surplus = {name: rows.to(dtype) for name, rows in self._surplus.items()}
         self.store, self._dtype = store, dtype
+        for name, tensor in weights.items():
+            self.fill(name, tensor)
         self.runtime.replace_store(self.index, store)
         owner = self._owner()
         self._placeholders = {n: _placeholder(p.shape, dtype, p) for n, p in self._placeholders.items()}
