@@ -33,6 +33,10 @@ def test_options_table_is_the_dataclass() -> None:
     assert rows == expected
 
 
+def test_every_public_name_is_explained() -> None:
+    assert set(re.findall(r"`moebius\.(\w+)", section("Names"))) == set(moebius.__all__) - {"__version__"}
+
+
 def test_commands_exist() -> None:
     """A command that the README names must be there, and one that is there must be named."""
     root = get_command(app).commands  # type: ignore[attr-defined]
