@@ -38,6 +38,10 @@ class Case(NamedTuple):
         moe_forward(self.spec, weights, self.x, self.routes, out)
         return out
 
+    def to(self, device: str) -> Case:
+        """The same with pool and inputs on a device."""
+        return self._replace(pool=self.pool.to(device), x=self.x.to(device))
+
 
 def make_case(
     ids: np.ndarray,
@@ -71,4 +75,4 @@ def random_ids(tokens: int, top_k: int, num_experts: int = 8, seed: int = 0) -> 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest value."""
-    return float((got.double() - expected).abs().max() / expected.abs().max())
+    return float((got.cpu().double() - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,46 @@
+"""The kernels on a device, at sizes that the interpreter cannot afford."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moebius.kernels.triton import experts
+from tests.kernels.triton.cases import ACTIVATIONS, Case, error, make_case, random_ids
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# bf16 and fp16 round the operands of prefill's second product, as stock does
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+
+
+def run(case: Case) -> torch.Tensor:
+    on_device = case.to("cuda")
+    return experts.moe_forward(
+        on_device.spec, on_device.layout, on_device.pool, on_device.x, on_device.routes, on_device.slots
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 300])
+@pytest.mark.parametrize("format", TOLERANCE)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 768), (1000, 333)])
+def test_shapes(tokens, format, hidden, intermediate):
+    case = make_case(random_ids(tokens, 4, 16), hidden, intermediate, 16, format=format)
+    assert error(run(case), case.expected()) < TOLERANCE[format]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_activations(name, gated, tokens):
+    case = make_case(random_ids(tokens, 2), 256, 192, gated=gated, activation=ACTIVATIONS[name])
+    assert error(run(case), case.expected()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [4, 64])
+def test_runs_agree_bitwise(tokens):
+    """Atomics, or a race between launches."""
+    case = make_case(random_ids(tokens, 4), 512, 256, format="bf16").to("cuda")
+    arguments = (case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    first = experts.moe_forward(*arguments)
+    assert all(torch.equal(first, experts.moe_forward(*arguments)) for _ in range(20))
