@@ -1,0 +1,180 @@
+"""Loading straight into the patched state: same weights, low peak, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moebius
+from tests import zoo
+from tests.conftest import RunPython
+
+# per-expert tensors, packed, packed transposed and interleaved with biases, flat, with identity experts, other names
+LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "nemotron_h")
+
+
+def saved(name: str, folder: Path, **kwargs: object) -> PreTrainedModel:
+    """The stock model of a zoo entry, as loaded from `folder`, where it was saved."""
+    model = zoo.build(name)
+    model.save_pretrained(folder, **kwargs)
+    return type(model).from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(**zoo.inputs(model)).logits
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_streamed_weights_are_the_checkpoints(name: str, tmp_path: Path) -> None:
+    """Both forms of loading give stock's logits, and unpatching gives stock's weights bit for bit."""
+    stock = saved(name, tmp_path, max_shard_size="100KB")
+    expected = logits(stock)
+    streamed = moebius.from_pretrained(str(tmp_path), device="emulated", gpu_memory=0.5)
+    config = moebius.MoebiusConfig(device="cpu")
+    by_config = type(stock).from_pretrained(tmp_path, quantization_config=config)
+    for model in (streamed, by_config):
+        assert type(model) is type(stock)
+        assert moebius.is_patched(model)
+        assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert model.config.to_dict() == stock.config.to_dict()
+        moebius.unpatch(model)
+        restored, original = model.state_dict(), stock.state_dict()
+        assert list(restored) == list(original)
+        assert all(torch.equal(restored[key], original[key]) for key in original)
+
+
+def test_saving_a_streamed_model_loses_nothing(tmp_path: Path) -> None:
+    """Experts that never were parameters must be in the checkpoint nevertheless, as stock writes it."""
+    stock = saved("qwen3_moe", tmp_path / "a")
+    model = moebius.from_pretrained(str(tmp_path / "a"), device="cpu")
+    model.save_pretrained(tmp_path / "b")
+    written, original = (load_file(tmp_path / folder / "model.safetensors") for folder in "ba")
+    assert list(written) == list(original)
+    assert all(torch.equal(written[key], original[key]) for key in original)
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ba"]
+    assert configs[0] == configs[1]
+    assert torch.equal(logits(type(stock).from_pretrained(tmp_path / "b")), logits(stock))
+
+
+def test_lossy_format_computes_what_it_holds_and_cannot_be_unpatched(tmp_path: Path) -> None:
+    """bf16 experts of an fp32 checkpoint: the rounded values are used, and unpatch does not pretend otherwise."""
+    saved("qwen3_moe", tmp_path)
+    rounded = zoo.build("qwen3_moe")
+    for name, parameter in rounded.named_parameters():
+        if ".experts." in name:
+            parameter.data = parameter.data.bfloat16().float()
+    model = moebius.from_pretrained(str(tmp_path), device="cpu", expert_format="bf16")
+    expected = logits(rounded)
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match="load the checkpoint again"):
+        moebius.unpatch(model)
+    assert moebius.is_patched(model)
+
+
+def test_missing_experts_are_an_error(tmp_path: Path) -> None:
+    """Stock transformers initialises what is missing at random, with a warning only."""
+    saved("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(path).items() if ".layers.1.mlp.experts." not in key}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no down_proj, gate_up_proj for 'model\.layers\.1\.mlp\.experts'"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_checkpoint_of_another_shape_is_an_error(tmp_path: Path) -> None:
+    """One expert less than config.json says must not leave a record unfilled."""
+    saved("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(path).items() if ".experts.7." not in key}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError)):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_truncated_shard_is_an_error(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|header"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_quantised_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
+    """A quantised checkpoint needs its own reader; a pickle is never opened."""
+    saved("qwen3_moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match="quantised with fp8"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_bad_options_and_dense_models_are_refused(tmp_path: Path) -> None:
+    """Before anything is read."""
+    saved("qwen3_moe", tmp_path)
+    with pytest.raises(ValueError, match="gpu_memory"):
+        moebius.from_pretrained(str(tmp_path), device="emulated", gpu_memory=10)
+    with pytest.raises(ValueError, match="keep_original"):
+        moebius.MoebiusConfig(keep_original=True)
+    with pytest.raises(TypeError, match="gpu_memroy"):
+        moebius.MoebiusConfig(gpu_memroy="1GiB")
+
+
+PEAK = """
+import os, threading, time, torch, moebius
+from transformers import AutoModelForCausalLM
+import moebius.hf_plugin.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
+peak, running = 0, True
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous()); time.sleep(0.002)
+before = anonymous()
+watcher = threading.Thread(target=watch); watcher.start()
+kind, folder = os.environ["KIND"], os.environ["FOLDER"]
+if kind == "streamed":
+    model = moebius.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    start, peak = anonymous(), 0
+    moebius.patch(model, device="cpu")
+running = False; watcher.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' memory accounting")
+def test_peak_memory(tmp_path: Path, run_python: RunPython) -> None:
+    """Loading must not hold experts twice; patching holds one layer's twice. 8 layers, 403 MB of experts."""
+    config = Qwen3MoeConfig(
+        hidden_size=512, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=256, intermediate_size=512,
+    )  # fmt: skip
+    experts = 8 * 32 * 3 * 512 * 512 * 2
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    model.save_pretrained(tmp_path)
+    del model
+    peaks = {
+        kind: int(run_python(PEAK, cwd=tmp_path, KIND=kind, FOLDER=str(tmp_path)).stdout)
+        for kind in ("streamed", "patched")
+    }
+    layer, slack = experts // 8, 250 << 20  # imports and compiled kernels; a second copy of all experts is 403 MB
+    assert experts * 0.9 < peaks["streamed"] < experts + layer + slack, peaks
+    assert experts * 0.9 < peaks["patched"] < experts + 2 * layer + slack, peaks
