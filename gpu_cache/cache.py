@@ -45,7 +45,8 @@ class ExpertCache:
     """
 
     def __init__(self, device: Device, layers: Sequence[CachedLayer], budget: int, policy: str = "lru") -> None:
-        self._device, self._records = device, [layer.records for layer in layers]
+        self.device: Device = device
+        self._records = [layer.records for layer in layers]
         self._groups = _by_record_size(layers)
         self._policies = [make_policy(policy, [len(self._records[i]) for i in group]) for group in self._groups]
         self.counters: Counters = Counters.zeros(len(layers))
@@ -109,7 +110,7 @@ class ExpertCache:
         pool.collect()
         assert (pool.table.occupied(local, routes.experts) == slots).all(), "slots are not those of the experts"
         work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
-        launch = self._device.compute(work, pool.arrivals(slots))
+        launch = self.device.compute(work, pool.arrivals(slots))
         pool.read_by(slots, launch)
         return launch
 
@@ -162,7 +163,7 @@ class ExpertCache:
 
     def free_memory(self) -> int:
         """Bytes that the device could allocate now, besides those of the slots."""
-        return self._device.free_memory()
+        return self.device.free_memory()
 
     def close(self) -> None:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
@@ -210,7 +211,7 @@ class ExpertCache:
 
     def _make_pools(self, slots: list[int]) -> list[Pool]:
         return [
-            Pool(self._device, group, [self._records[i] for i in group], count, policy, self.counters)
+            Pool(self.device, group, [self._records[i] for i in group], count, policy, self.counters)
             for group, count, policy in zip(self._groups, slots, self._policies, strict=True)
         ]
 

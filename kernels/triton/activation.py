@@ -5,6 +5,8 @@ NaN passes through every limit, as in torch: ``tl.where`` keeps it where ``tl.mi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from math import isinf
 from typing import Any
 
@@ -21,7 +23,8 @@ RELU2: tl.constexpr = tl.constexpr(int(Act.RELU2))
 SOFTCAP_SILU: tl.constexpr = tl.constexpr(int(Act.SOFTCAP_SILU))
 
 
-def constants(activation: Activation) -> dict[str, Any]:
+@cache
+def constants(activation: Activation) -> Mapping[str, Any]:
     """Keyword arguments for a kernel that calls `activate`; limits that are absent are None and cost nothing."""
     limits = (activation.gate_max, activation.act_max, activation.up_max)
     gate_max, act_max, up_max = (None if isinf(limit) else float(limit) for limit in limits)

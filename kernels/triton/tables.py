@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +55,8 @@ def tile_table(routes: Routes, slots: np.ndarray, rows: int, device: torch.devic
     return TileTable(_to_device(np.concatenate([slots[owner], first, last]).astype(np.int32), device), len(owner))
 
 
-def part_offsets(layout: RecordLayout) -> dict[str, int]:
+@cache
+def part_offsets(layout: RecordLayout) -> Mapping[str, int]:
     """First element of every part of a record; 0 for those it lacks, which no kernel reads."""
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
     return dict.fromkeys(names, 0) | layout.offsets()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -32,6 +35,12 @@ def test_choice(monkeypatch, spec, device, interpreted, code):
     monkeypatch.setattr(executor, "interpreted", lambda: interpreted)
     chosen = make_executor(spec, RecordLayout.of(spec, "fp32"), device)
     assert chosen.func.__module__ == code  # type: ignore[attr-defined]
+
+
+def test_the_cache_imports_no_kernel():
+    """Kernels read TRITON_INTERPRET when imported, and need Triton, which not every machine has."""
+    code = "import sys, moebius.gpu_cache.cache; sys.exit('moebius.kernels.triton.experts' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_triton_is_named(monkeypatch):

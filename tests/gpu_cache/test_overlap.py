@@ -1,8 +1,9 @@
-"""The cache on a device: results while copies, launches and evictions overlap; memory and pages given back."""
+"""The cache on real threads or streams: results while copies, launches and evictions overlap; everything given back."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from moebius.gpu_cache.executor import run_reference
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import build_routes, select
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+cuda = pytest.param("cuda", None, marks=[pytest.mark.gpu, absent], id="cuda")
+
+
+def needs_cuda(test: Callable[[], None]) -> Callable[[], None]:
+    return pytest.mark.gpu(absent(test))
+
 
 EXPERTS, HIDDEN = 16, 256
 
@@ -30,11 +37,11 @@ def make_layers(count: int = 4) -> list[CachedLayer]:
     ]
 
 
-def open_cache(name: str, layers: list[CachedLayer], share: float) -> ExpertCache:
-    return ExpertCache(open_device(name), layers, int(share * sum(layer.records.nbytes for layer in layers)))
+def open_cache(layers: list[CachedLayer], share: float, name: str = "cuda", link: float | None = None) -> ExpertCache:
+    return ExpertCache(open_device(name, link), layers, int(share * sum(layer.records.nbytes for layer in layers)))
 
 
-def run_steps(cache: ExpertCache, layers: list[CachedLayer], device: str, steps: int) -> None:
+def run_steps(cache: ExpertCache, layers: list[CachedLayer], steps: int) -> None:
     """Random layer steps; what the cache computes must equal the host's records through the reference."""
     rng = np.random.default_rng(0)
     for number in range(steps):
@@ -48,7 +55,7 @@ def run_steps(cache: ExpertCache, layers: list[CachedLayer], device: str, steps:
             if number % 3 == 0:
                 slots[~hit] = cache.fetch(index, routes.experts[~hit])
             there = select(routes, slots >= 0)
-            launch = cache.launch(index, x.to(device), there, slots[slots >= 0])
+            launch = cache.launch(index, x.to(cache.device.torch_device), there, slots[slots >= 0])
             cache.prefetch((index + 1) % len(layers), rng.permutation(EXPERTS)[:3].astype(np.int32))
         finally:
             cache.finish(index)
@@ -60,24 +67,30 @@ def run_steps(cache: ExpertCache, layers: list[CachedLayer], device: str, steps:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
-def test_results_while_everything_overlaps(share):
+@pytest.mark.parametrize(
+    ("device", "link"), [pytest.param("emulated", None, id="emulated"), pytest.param("emulated", 2.0, id="slow"), cuda]
+)
+def test_results_while_everything_overlaps(device, link, share):
+    """A slot that is read too early or overwritten too soon."""
     layers = make_layers()
-    cache = open_cache("cuda", layers, share)
+    cache = open_cache(layers, share, device, link)
     try:
-        run_steps(cache, layers, "cuda", 200)
-        assert cache.resident.sum() <= cache.slots
+        run_steps(cache, layers, 60)
+        cache.drain()
+        assert 0 < cache.resident.sum() <= cache.slots
     finally:
         cache.close()
 
 
+@needs_cuda
 def test_memory_is_given_back():
     gc.collect()
     before = torch.cuda.memory_allocated()
     layers = make_layers()
     for _ in range(20):
-        cache = open_cache("cuda", layers, 0.5)
+        cache = open_cache(layers, 0.5)
         assert layers[0].records.is_pinned()
-        run_steps(cache, layers, "cuda", 8)
+        run_steps(cache, layers, 8)
         cache.close()
         assert not layers[0].records.is_pinned()
     del cache
@@ -85,6 +98,7 @@ def test_memory_is_given_back():
     assert torch.cuda.memory_allocated() == before
 
 
+@needs_cuda
 def test_refused_pages_do_not_spoil_the_next_kernel():
     """The driver's error of a refused registration surfaces at an unrelated launch."""
     device, host = open_device("cuda"), torch.zeros(8 << 20, dtype=torch.uint8)
@@ -95,14 +109,15 @@ def test_refused_pages_do_not_spoil_the_next_kernel():
     device.unpin(end)
 
 
+@needs_cuda
 def test_an_allocation_that_fails_leaves_a_usable_cache():
     layers = make_layers()
-    cache = open_cache("cuda", layers, 0.25)
+    cache = open_cache(layers, 0.25)
     try:
         hog = torch.empty(cache.free_memory() - (8 << 20), dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             cache.resize(sum(layer.records.nbytes for layer in layers))
         del hog
-        run_steps(cache, layers, "cuda", 8)
+        run_steps(cache, layers, 8)
     finally:
         cache.close()
