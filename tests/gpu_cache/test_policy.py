@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebius.gpu_cache.policy import POLICIES, LRU, Reason, make_policy
+from moebius.gpu_cache.policy import LRU, POLICIES, Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable, State
 
 
