@@ -24,6 +24,8 @@ import numba
 import numba.extending
 from numba.core.registry import cpu_target
 
+from moebius.kernels.numba import isa
+
 logger = logging.getLogger(__name__)
 
 # Contraction into fma and no signed zeros, but never "no NaN" or "no infinity": those must behave as in torch. Sums
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 FASTMATH = {"contract", "nsz"}
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
 
+isa.apply_choice()  # before the first decorator: it fixes the processor that Numba compiles for
 _compiling = threading.RLock()
 _config: Any = numba.core.config
 
@@ -84,7 +87,8 @@ def entry(signature: str, *, callback: bool = False) -> Callable[[Callable[..., 
 def source_key() -> str:
     """Hash of everything that compiled code depends on."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     codegen = cpu_target.target_context.codegen()
     facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__)

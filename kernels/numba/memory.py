@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from moebius.kernels.numba.isa import has_feature
 from moebius.kernels.numba.jit import helper, intrinsic
 
 _ORDER = "seq_cst"
@@ -39,6 +40,31 @@ def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
     return types.void(types.int64, value), codegen
 
 
+def extend_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """fp16 to fp32, exactly, from the bits of one number or of a vector of them."""
+    lanes = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+
+    def of(element: ir.Type) -> ir.Type:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    def constant(value: float, element: ir.Type) -> ir.Constant:
+        return ir.Constant(of(element), [value] * lanes if lanes else value)
+
+    if has_feature("f16c") or platform.machine() in ("aarch64", "arm64"):
+        return builder.fpext(builder.bitcast(bits, of(ir.HalfType())), of(ir.FloatType()))
+    # Elsewhere LLVM would call a library function that is not there, and abort. Scaling moves the exponent, and makes
+    # subnormals normal; infinity and NaN need theirs set.
+    word = ir.IntType(32)
+    wide = builder.zext(bits, of(word))
+    magnitude = builder.shl(builder.and_(wide, constant(0x7FFF, word)), constant(13, word))
+    scaled = builder.fmul(builder.bitcast(magnitude, of(ir.FloatType())), constant(2.0**112, ir.FloatType()))
+    special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13, word))
+    infinite = builder.or_(magnitude, constant(0x7F800000, word))
+    finite = builder.bitcast(scaled, of(word))
+    sign = builder.shl(builder.and_(wide, constant(0x8000, word)), constant(16, word))
+    return builder.bitcast(builder.or_(builder.select(special, infinite, finite), sign), of(ir.FloatType()))
+
+
 @intrinsic
 def widen(typingctx, value):  # type: ignore[no-untyped-def]
     """A stored scalar as fp32: float32 as it is, uint16 as bf16, int16 as fp16."""
@@ -48,7 +74,7 @@ def widen(typingctx, value):  # type: ignore[no-untyped-def]
             bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
             return builder.bitcast(bits, ir.FloatType())
         if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+            return extend_half(builder, args[0])
         return args[0]
 
     return types.float32(value), codegen

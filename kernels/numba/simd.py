@@ -17,10 +17,11 @@ from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 
 from moebius.kernels.numba.jit import helper, intrinsic
+from moebius.kernels.numba.memory import extend_half
 
 LANES = 16
 _I1, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_F32, _F16 = ir.FloatType(), ir.HalfType()
+_F32 = ir.FloatType()
 _V32 = ir.VectorType(_F32, LANES)
 
 
@@ -45,7 +46,7 @@ def _lanes(value: int | float, element: ir.Type) -> ir.Constant:
 
 
 def _memory_type(witness: types.Type) -> ir.Type:
-    return {types.float32: _F32, types.uint16: _I16, types.int16: _F16}[witness]  # type: ignore[index]
+    return {types.float32: _F32, types.uint16: _I16, types.int16: _I16}[witness]  # type: ignore[index]
 
 
 def _widen(builder: ir.IRBuilder, value: ir.Value, witness: types.Type) -> ir.Value:
@@ -53,7 +54,7 @@ def _widen(builder: ir.IRBuilder, value: ir.Value, witness: types.Type) -> ir.Va
     if witness == types.uint16:  # bf16 is the upper half of fp32
         wide = builder.shl(builder.zext(value, ir.VectorType(_I32, LANES)), _lanes(16, _I32))
         return builder.bitcast(wide, _V32)
-    return value if witness == types.float32 else builder.fpext(value, _V32)
+    return value if witness == types.float32 else extend_half(builder, value)
 
 
 @intrinsic
@@ -76,7 +77,7 @@ def load_first(typingctx, address, count, witness):  # type: ignore[no-untyped-d
         memory = _memory_type(witness)
         vector = ir.VectorType(memory, LANES)
         pointer = builder.inttoptr(args[0], vector.as_pointer())
-        name = f"llvm.masked.load.v16{ {_F32: 'f32', _I16: 'i16', _F16: 'f16'}[memory] }.p0"
+        name = f"llvm.masked.load.v16{ {_F32: 'f32', _I16: 'i16'}[memory] }.p0"
         kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, LANES), vector])
         masked = cgutils.get_or_insert_function(builder.module, kind, name)
         mask = _first(builder, args[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,10 @@ def test_exp_is_exact_to_two_units_and_saturates_like_the_library() -> None:
     assert np.abs(out[finite].view(np.int32) - exact[finite].view(np.int32)).max() <= 2
     assert out[1] == np.inf
     assert out[2] == 0
+
+
+@pytest.mark.slow
+def test_fp16_without_hardware_conversion_is_exact_too(run_python) -> None:  # type: ignore[no-untyped-def]
+    """Bug: processors without F16C lose subnormals, infinities or signs of fp16 weights."""
+    code = f"import sys, pytest; sys.exit(pytest.main(['-q', '-k', '16_bit_numbers', {__file__!r}]))"
+    run_python(code, cwd=Path(__file__).parents[3], path=(Path(__file__).parents[3],), MOEBIUS_ISA="portable")
