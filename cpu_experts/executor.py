@@ -12,7 +12,7 @@ import torch
 from moebius.cpu_experts.crew import make_crew
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import Act, ExpertSpec
+from moebius.kernels.experts import Act
 from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_size
 from moebius.kernels.routes import Routes
 
@@ -57,7 +57,7 @@ class CpuExecutor:
         with self._turn:
             if self._closed:
                 raise RuntimeError("this CpuExecutor is closed; create another")
-            if _needs_torch(store.spec):
+            if _needs_torch(store):
                 _run_torch(store, x, routes, out)
             else:
                 self._run_kernels(store, x, routes, out)
@@ -94,8 +94,10 @@ def _run_torch(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.T
         reference.moe_forward(store.spec, weights, x, routes, out)
 
 
-def _needs_torch(spec: ExpertSpec) -> bool:
-    return spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
+def _needs_torch(store: ExpertStore) -> bool:
+    spec = store.spec
+    own_code = spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
+    return own_code or store.layout.quantized
 
 
 _executors: weakref.WeakSet[CpuExecutor] = weakref.WeakSet()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.packing import unpack
 
 _HUGE_PAGE = 2 << 20  # bytes
 
@@ -68,8 +69,8 @@ class ExpertStore:
         return self.num_experts * self.layout.nbytes
 
     def weights(self, expert: int) -> ExpertWeights:
-        """Views of one expert's weights, to fill, read or restore; no copy is made."""
-        return self.layout.view(self.records[expert])
+        """One expert's weights: views to fill, read or restore in a float format, fp32 copies in a quantised one."""
+        return unpack(self.layout, self.records[expert])
 
 
 def _allocate(nbytes: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
+from moebius.kernels.packing import unpack
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import Routes
 
@@ -27,7 +28,7 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
         RuntimeError: Triton is needed and not installed.
     """
     own_code = spec.activation.kind == Act.CUSTOM or spec.post_norm is not None
-    if own_code or (device.type == "cpu" and not interpreted()):
+    if own_code or layout.quantized or (device.type == "cpu" and not interpreted()):
         return partial(run_reference, spec, layout)
     if find_spec("triton") is None:
         raise RuntimeError(
@@ -48,5 +49,5 @@ def run_reference(
 ) -> torch.Tensor:
     """The experts in plain torch on the device of x, fp32 throughout."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    moe_forward(spec, [layout.view(pool[int(slot)]) for slot in slots], x, routes, out)
+    moe_forward(spec, [unpack(layout, pool[int(slot)]) for slot in slots], x, routes, out)
     return out

@@ -21,6 +21,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import DEFAULT_CACHE_BYTES, RecordReader
 from moebius.kernels.experts import FORMATS, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.packing import pack
 from moebius.kernels.reference import expert_forward
 from moebius.kernels.routes import build_routes
 
@@ -150,9 +151,8 @@ def _pack(
     stores = [ExpertStore.empty(spec, layout, source.shape.experts) for _ in range(layers)]
     for layer, store in enumerate(stores):
         for expert in range(store.num_experts):
-            for target, values in zip(store.weights(expert), source.weights(layer, expert), strict=True):
-                if target is not None and values is not None:
-                    target.copy_(values)
+            weights = source.weights(layer, expert)._asdict()
+            pack(layout, store.records[expert], {name: w for name, w in weights.items() if w is not None})
             progress(f"packing {layout.format}", (layer + (expert + 1) / store.num_experts) / layers)
     return stores
 

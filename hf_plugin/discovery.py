@@ -12,7 +12,7 @@ from torch import nn
 
 from moebius.hf_plugin.activations import recognise
 from moebius.hf_plugin.adapters import Convention, ExpertParams, convention, expert_params
-from moebius.kernels.experts import FORMATS, Act, Activation, ExpertSpec, ExpertWeights
+from moebius.kernels.experts import FLOATS, Act, Activation, ExpertSpec, ExpertWeights
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import build_routes
 
@@ -127,7 +127,7 @@ def _check_state(
     for key, tensor in tensors.items():
         if loaded and tensor.device.type == "meta":
             raise ValueError(f"{where} has no data: {key} is on the meta device; load the weights before patching")
-        if tensor.dtype not in FORMATS.values():
+        if tensor.dtype not in FLOATS.values():
             raise ValueError(
                 f"{where} stores {key} as {tensor.dtype}; supported are fp32, bf16 and fp16: load the model with "
                 'dtype="auto" unquantised, or dequantised'

@@ -26,7 +26,8 @@ from moebius.hf_plugin.adapters import Convention
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.hf_plugin.gates import LayerGate
 from moebius.hf_plugin.op import LAYERS, experts
-from moebius.kernels.experts import FORMATS, RecordLayout
+from moebius.kernels.experts import FLOATS, RecordLayout
+from moebius.kernels.packing import pack, unpack
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
@@ -90,9 +91,7 @@ class PatchedLayer:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy one of the module's weights into the store."""
-        records = self.store.layout.view(self.store.records)
-        for part, view in self._params.views({name: tensor}).items():
-            getattr(records, part).copy_(view)
+        pack(self.store.layout, self.store.records, self._params.views({name: tensor}))
         self._surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
         self.absent.discard(name)
 
@@ -141,9 +140,9 @@ class PatchedLayer:
             name: torch.empty(p.shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
             for name, p in self._placeholders.items()
         }
-        records = self.store.layout.view(self.store.records)
+        weights = unpack(self.store.layout, self.store.records)
         for part, view in self._params.views(result).items():
-            view.copy_(getattr(records, part))
+            view.copy_(getattr(weights, part))
         for name, rows in self._surplus.items():
             result[name][-len(rows) :] = rows
         return result
@@ -211,12 +210,12 @@ class PatchedLayer:
         return owner
 
     def _convert(self, dtype: torch.dtype) -> None:
-        format = next((name for name, known in FORMATS.items() if known == dtype), None)
+        format = next((name for name, known in FLOATS.items() if known == dtype), None)
         if format is None or (not self.lossless and self._kept is None):
             raise RuntimeError(
                 f"the patched experts of {self.name!r} are {self._dtype}, stored as {self.store.layout.format}, and "
                 f"cannot become {dtype}: unpatch the model, convert it, and patch it again "
-                f"(experts can be {', '.join(FORMATS)})"
+                f"(experts can be {', '.join(FLOATS)})"
             )
         weights = {name: tensor.to(dtype) for name, tensor in self.tensors().items()}
         if self._kept is not None:

@@ -21,7 +21,7 @@ from moebius.hf_plugin.discovery import ExpertsSite, find_sites, verify_once
 from moebius.hf_plugin.layer import PatchedLayer
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.patching import check_budget, format_name, make_layers, make_options, start
-from moebius.kernels.experts import FORMATS
+from moebius.kernels.experts import FLOATS
 
 METHOD = "moebius"
 
@@ -113,7 +113,7 @@ class MoebiusQuantizer(HfQuantizer):
                 )
         verified: set[object] = set()
         for site, layer in zip(self._sites, self._layers, strict=True):
-            layer.lossless = FORMATS[layer.store.layout.format] == site.dtype
+            layer.lossless = FLOATS.get(layer.store.layout.format) == site.dtype
             _verify(site, layer, verified)
             layer.install()
         start(model, self._layers, self.quantization_config.options)

@@ -22,8 +22,9 @@ class Options:
             moves to a GPU that is chosen here.
         gpu_memory: bound of the expert cache: bytes (int), "8GiB", "25%" or 0.25 (of all expert bytes), or "auto"
             (the free device memory minus a reserve for KV cache and activations).
-        expert_format: "native" keeps the experts' dtype; "fp32", "bf16" or "fp16" store them so in host memory and
-            cache. A format that would change a weight needs `keep_original`.
+        expert_format: "native" keeps the experts' dtype; "fp32", "bf16", "fp16", "int8" (8.5 bits a weight) or "int4"
+            (4.5 bits) store them so in host memory and cache. A format that would change a weight needs
+            `keep_original`, or `moebius.from_pretrained`, which reads the originals from the checkpoint.
         cpu_threads: threads of the CPU experts; None for the number of physical cores.
         cache_policy: which expert deserves a slot ("lru").
         predictor: what foresees the next layer's experts: "next_gate" or "none".

@@ -16,7 +16,7 @@ from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
-from moebius.kernels.experts import FORMATS, RecordLayout
+from moebius.kernels.experts import FLOATS, RecordLayout
 from moebius.predictors.routing import PREDICTORS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -171,13 +171,13 @@ def format_name(site: ExpertsSite, options: Options) -> str:
     """The storage format of a site's experts."""
     if options.expert_format != "native":
         return options.expert_format
-    return next(name for name, dtype in FORMATS.items() if dtype == site.dtype)
+    return next(name for name, dtype in FLOATS.items() if dtype == site.dtype)
 
 
 def _lossless_format(site: ExpertsSite, options: Options) -> str:
     """The storage format of a site's experts, which must give its weights back byte for byte."""
     name = format_name(site, options)
-    if not options.keep_original and not all(_survives(t, FORMATS[name]) for t in site.tensors().values()):
+    if not options.keep_original and not all(_survives(t, FLOATS.get(name)) for t in site.tensors().values()):
         raise ValueError(
             f"expert_format={name!r} would change weights of {site.name!r} ({site.dtype}), so that unpatch could not "
             "restore them; give keep_original=True, which keeps the originals in host memory, or expert_format='native'"
@@ -185,9 +185,9 @@ def _lossless_format(site: ExpertsSite, options: Options) -> str:
     return name
 
 
-def _survives(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    if dtype == tensor.dtype:
-        return True
+def _survives(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    if dtype is None or dtype == tensor.dtype:
+        return dtype is not None
     integer = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
     return all(torch.equal(row.view(integer), row.to(dtype).to(row.dtype).view(integer)) for row in tensor)
 

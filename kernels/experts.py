@@ -16,7 +16,11 @@ import torch
 
 RECORD_ALIGNMENT = 64  # bytes: one cache line, so that no two records share one
 
-FORMATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GROUP = 32  # weights along the input that share a scale in the quantised formats
+
+FLOATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS: dict[str, int] = {"int8": 8, "int4": 4}  # of a quantised weight, beside 16 / GROUP for its share of a scale
+FORMATS: tuple[str, ...] = (*FLOATS, *BITS)
 
 
 class Act(IntEnum):
@@ -82,11 +86,33 @@ class ExpertWeights(NamedTuple):
     down_bias: torch.Tensor | None
 
 
+class Part(NamedTuple):
+    """Where one tensor lies in a record."""
+
+    offset: int  # bytes from the record's start
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Byte layout ``[gate|up|down|gate_bias|up_bias|down_bias]`` of an expert, the same on every processor.
+    """Byte layout ``[gate|up|down|scales|biases]`` of an expert, the same on every processor.
 
-    Matrices are row-major: gate and up [I, H], down [H, I]. The record is padded to `RECORD_ALIGNMENT` bytes.
+    Matrices are row-major: gate and up [I, H], down [H, I]. In the float formats parts follow each other without gaps
+    and all have the format's dtype. The quantised formats store a matrix [n, m] as rows of ``g = ceil(m / GROUP)``
+    groups, padded with zeros to whole groups, and one fp16 scale for each group ([n, g], parts ``gate_scale`` and so
+    on); a weight is ``code * scale``:
+
+    - int8: codes in -127..127, int8 [n, 32 g];
+    - int4: codes in -8..7, stored plus 8, uint8 [n, 16 g]; byte j of a group's 16 holds weight j in its low half and
+      weight 16 + j in its high half.
+
+    Their biases are fp32, and every part starts at a multiple of `RECORD_ALIGNMENT`. The record is padded to
+    `RECORD_ALIGNMENT` bytes in all formats.
     """
 
     format: str
@@ -102,37 +128,66 @@ class RecordLayout:
         return cls(format, spec.hidden, spec.intermediate, spec.gated, spec.biased)
 
     @property
+    def quantized(self) -> bool:
+        return self.format in BITS
+
+    @property
     def dtype(self) -> torch.dtype:
-        return FORMATS[self.format]
+        """Of the weights as numbers: the format's own, fp32 for what quantised weights stand for."""
+        return FLOATS.get(self.format, torch.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each part that is present, in the order of the record."""
+        """Shape of each weight that is present, in the order of the record."""
         h, i = self.hidden, self.intermediate
-        parts: dict[str, tuple[int, ...]] = {"gate": (i, h)} if self.gated else {}
-        parts |= {"up": (i, h), "down": (h, i)}
+        result: dict[str, tuple[int, ...]] = {"gate": (i, h)} if self.gated else {}
+        result |= {"up": (i, h), "down": (h, i)}
         if self.biased:
-            parts |= ({"gate_bias": (i,)} if self.gated else {}) | {"up_bias": (i,), "down_bias": (h,)}
-        return parts
+            result |= ({"gate_bias": (i,)} if self.gated else {}) | {"up_bias": (i,), "down_bias": (h,)}
+        return result
 
-    def offsets(self) -> dict[str, int]:
-        """First element (not byte) of each part within a record."""
-        offsets, start = {}, 0
-        for name, shape in self.shapes().items():
-            offsets[name] = start
-            start += prod(shape)
-        return offsets
+    def parts(self) -> dict[str, Part]:
+        """Every stored tensor, in the order of the record."""
+        shapes = self.shapes()
+        if not self.quantized:
+            return _place([(name, shape, self.dtype) for name, shape in shapes.items()], 1)
+        matrices = {name: (n, -(-m // GROUP)) for name, (n, *rest) in shapes.items() for m in rest}
+        code = torch.int8 if BITS[self.format] == 8 else torch.uint8
+        group_bytes = GROUP * BITS[self.format] // 8
+        stored: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            (name, (n, groups * group_bytes), code) for name, (n, groups) in matrices.items()
+        ]
+        stored += [(f"{name}_scale", shape, torch.float16) for name, shape in matrices.items()]
+        stored += [(name, shape, torch.float32) for name, shape in shapes.items() if name not in matrices]
+        return _place(stored, RECORD_ALIGNMENT)
 
     @property
     def nbytes(self) -> int:
         """Bytes of a record, padding included."""
-        used = sum(prod(shape) for shape in self.shapes().values()) * self.dtype.itemsize
-        return -(-used // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        last = list(self.parts().values())[-1]
+        return _align(last.offset + last.nbytes, RECORD_ALIGNMENT)
+
+    def stored(self, records: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of every part of records (uint8 [..., nbytes], contiguous in the last dimension), [..., *shape]."""
+        return {
+            name: records[..., part.offset : part.offset + part.nbytes].view(part.dtype).unflatten(-1, part.shape)
+            for name, part in self.parts().items()
+        }
 
     def view(self, records: torch.Tensor) -> ExpertWeights:
-        """Views into records (uint8 [..., nbytes], contiguous in the last dimension): parts [..., shape], no copy."""
-        flat, offsets = records.view(self.dtype), self.offsets()
-        parts = {
-            name: flat[..., offsets[name] : offsets[name] + prod(shape)].unflatten(-1, shape)
-            for name, shape in self.shapes().items()
-        }
-        return ExpertWeights(*(parts.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+        """Views of the weights of records in a float format, [..., *shape]; see `packing.unpack` for all formats."""
+        if self.quantized:
+            raise ValueError(f"weights in {self.format} are codes and scales and have no view; unpack them")
+        stored = self.stored(records)
+        return ExpertWeights(*(stored.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+
+
+def _place(tensors: list[tuple[str, tuple[int, ...], torch.dtype]], alignment: int) -> dict[str, Part]:
+    parts, end = {}, 0
+    for name, shape, dtype in tensors:
+        part = Part(_align(end, alignment), shape, dtype)
+        parts[name], end = part, part.offset + part.nbytes
+    return parts
+
+
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

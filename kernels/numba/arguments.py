@@ -73,8 +73,8 @@ def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) 
     kind, *limits = spec.activation
     result[[words.HIDDEN, words.INTERMEDIATE, words.KIND]] = spec.hidden, spec.intermediate, kind
     result.view(np.float32)[2 * words.ALPHA : 2 * words.UP_SHIFT + 2 : 2] = limits
-    for name, offset in layout.offsets().items():
-        result[_PARTS[name]] = records.data_ptr() + offset * layout.dtype.itemsize
+    for name, part in layout.parts().items():
+        result[_PARTS[name]] = records.data_ptr() + part.offset
         result[_PARTS[name] + 1] = layout.nbytes
     return result
 

@@ -59,7 +59,7 @@ def tile_table(routes: Routes, slots: np.ndarray, rows: int, device: torch.devic
 def part_offsets(layout: RecordLayout) -> Mapping[str, int]:
     """First element of every part of a record; 0 for those it lacks, which no kernel reads."""
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    return dict.fromkeys(names, 0) | layout.offsets()
+    return dict.fromkeys(names, 0) | {n: part.offset // part.dtype.itemsize for n, part in layout.parts().items()}
 
 
 def _to_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
