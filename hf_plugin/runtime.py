@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,16 +75,18 @@ class ModelRuntime:
             ValueError: the budget is too small or exceeds the device.
             RuntimeError: there is no such device.
         """
-        self._stale = False
         if self.options.device == "cpu":
             return
-        device = open_device(self.options.device, self.options.emulated_link)
-        layers = [CachedLayer(store.spec, store.layout, store.records) for store in self.stores]
-        budget = self._budget(device.free_memory())
-        cache = ExpertCache(device, layers, budget, self.options.cache_policy)
-        costs = calibrate(self.executor, cache, self.stores, device.torch_device)
+        with ExitStack() as undo:
+            device = open_device(self.options.device, self.options.emulated_link)
+            undo.callback(device.close)
+            layers = [CachedLayer(store.spec, store.layout, store.records) for store in self.stores]
+            cache = ExpertCache(device, layers, self._budget(device.free_memory()), self.options.cache_policy)
+            undo.callback(cache.close)
+            costs = calibrate(self.executor, cache, self.stores, device.torch_device)
+            undo.pop_all()
         cache.counters.reset()
-        self.tier = Tier(cache, device.torch_device, costs)
+        self.tier, self._stale = Tier(cache, device.torch_device, costs), False
 
     def _budget(self, free: int) -> int:
         total = sum(store.nbytes for store in self.stores)

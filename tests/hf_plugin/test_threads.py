@@ -240,9 +240,11 @@ def test_ctrl_c_during_generate(options: dict[str, Any]) -> None:
             started.clear()
             killer = threading.Thread(target=interrupt)
             killer.start()
-            with pytest.raises(KeyboardInterrupt):
+            # an interrupt that falls into Numba's conversion of a result comes as the cause of a SystemError
+            with pytest.raises((KeyboardInterrupt, SystemError)) as caught:
                 model.generate(ids[:1], **(helpers.EIGHT | {"max_new_tokens": 100_000}), streamer=Announce())
             killer.join()
+            assert KeyboardInterrupt in (type(caught.value), type(caught.value.__cause__))
             assert greedy(model, ids) == want
     helpers.assert_same_weights(model, before)
 
