@@ -209,8 +209,8 @@ def _verify(site: ExpertsSite) -> None:
     weights = torch.rand(PROBE_TOKENS, k, generator=generator) + 0.5
     if site.identity_experts:
         ids[0, 0] = e
-    stock = _stock(site, x, ids.to(device), weights.to(device)).float().cpu()
-    ours = reference_output(site, x, ids, weights).cpu()
+    stock = _stock(site, x, ids.to(device), weights.to(device)).double().cpu()
+    ours = reference_output(site, x, ids, weights).double().cpu()
     error = (ours - stock).norm() / stock.norm().clamp_min(torch.finfo(torch.float32).tiny)
     if torch.isfinite(stock).all() and not error <= PROBE_TOLERANCE[site.dtype]:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
@@ -44,17 +46,23 @@ class Options:
     keep_original: bool = False
 
     def __post_init__(self) -> None:
-        head, _, index = self.device.partition(":")
-        if head not in ("auto", "cpu", "cuda", "emulated") or (index and not (head == "cuda" and index.isdigit())):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|emulated|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} is unknown; use {DEVICES}")
         parse_memory(self.gpu_memory, total=1 << 40)
         if self.expert_format not in ("native", *FORMATS):
             allowed = ", ".join(["native", *FORMATS])
             raise ValueError(f"expert_format={self.expert_format!r} is unknown; use one of {allowed}")
-        if self.cpu_threads is not None and (isinstance(self.cpu_threads, bool) or self.cpu_threads < 1):
+        if self.cpu_threads is not None and not (_is_number(self.cpu_threads, int) and self.cpu_threads >= 1):
             raise ValueError(f"cpu_threads={self.cpu_threads!r} must be at least 1, or None for the physical cores")
-        if self.emulated_link is not None and not self.emulated_link > 0:
+        if self.emulated_link is not None and not (_is_number(self.emulated_link) and self.emulated_link > 0):
             raise ValueError(f"emulated_link={self.emulated_link!r} must be a positive number of GB/s, or None")
+        for name in ("prefetch", "keep_original"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _is_number(value: object, kinds: Any = int | float) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def parse_memory(value: int | float | str, total: int) -> int | None:
@@ -76,7 +84,7 @@ def parse_memory(value: int | float | str, total: int) -> int | None:
             value = float(value[:-1]) / 100 if value.endswith("%") else convert_file_size_to_int(value)
         except ValueError:
             raise refused from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not _is_number(value) or not value > 0:
         raise refused
     if isinstance(value, float):
         if value > 1:
