@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from moebius.hf_plugin.runtime import ModelRuntime
 
 
 @dataclass(slots=True)
@@ -117,21 +120,26 @@ def stats(model: nn.Module) -> Stats:
     """A snapshot of what the patched `model` has done since `patch` or `reset_stats`.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or in several parts.
     """
-    from moebius.hf_plugin.patching import runtimes
-
-    [runtime] = runtimes(model)
-    return runtime.stats()
+    return _runtime(model).stats()
 
 
 def reset_stats(model: nn.Module) -> None:
     """Set all counters of the patched `model` to zero; what is in the cache stays there.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or in several parts.
     """
+    _runtime(model).reset_stats()
+
+
+def _runtime(model: nn.Module) -> ModelRuntime:
     from moebius.hf_plugin.patching import runtimes
 
-    [runtime] = runtimes(model)
-    runtime.reset_stats()
+    found = runtimes(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} parts of the model were patched one by one; ask for the statistics of each part"
+        )
+    return found[0]

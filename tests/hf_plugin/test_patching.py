@@ -142,6 +142,23 @@ def test_a_model_within_a_model() -> None:
         assert greedy(model, ids) == want
 
 
+def test_parts_patched_one_by_one() -> None:
+    """Catches statistics of one part that pass for those of all, and an unpatch that forgets parts."""
+    model = zoo.build("qwen3_moe")
+    ids = prompt(model)
+    want = logits(model, ids)
+    with unchanged(model):
+        for part in model.model.layers:
+            moebius.patch(part, **EMULATED)
+        assert_close(logits(model, ids), want)
+        for call in (moebius.stats, moebius.reset_stats):
+            with pytest.raises(ValueError, match=r"2 parts of the model were patched one by one; ask .* each part"):
+                call(model)
+        assert all(moebius.stats(part).sums.tokens == ids.numel() for part in model.model.layers)
+        moebius.unpatch(model)
+        assert not moebius.is_patched(model)
+
+
 def test_no_other_instance_of_the_class_is_touched() -> None:
     """Catches methods replaced on classes."""
     model = zoo.build("qwen3_moe")
