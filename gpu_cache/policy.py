@@ -8,15 +8,17 @@ from typing import Protocol
 
 import numpy as np
 
-from moebius.gpu_cache.slots import SlotTable, State, divide
+from moebius.gpu_cache.slots import SlotTable
+from moebius.gpu_cache.values import Rule, ValuedPolicy
+from moebius.kernels.numba.residency import ADMIT, COUNT, DEMAND, FEATURES, PREFETCH, RECENCY
 
 
 class Reason(IntEnum):
     """Why an expert wants a slot."""
 
-    ADMIT = 0  # it missed and was computed on the CPU: worth a slot for its coming uses?
-    PREFETCH = 1  # predicted for a coming layer
-    DEMAND = 2  # needed in this very step: any slot that can be had
+    ADMIT = ADMIT  # it missed and was computed on the CPU: worth a slot for its coming uses?
+    PREFETCH = PREFETCH  # predicted for a coming layer
+    DEMAND = DEMAND  # needed in this very step: any slot that can be had
 
 
 class CachePolicy(Protocol):
@@ -27,68 +29,99 @@ class CachePolicy(Protocol):
 
     Args:
         experts: number of experts of each layer of the pool.
+        price: cost of an upload in units of what a miss costs more than a hit. It may be changed at any time.
     """
 
-    def __init__(self, experts: Sequence[int]) -> None: ...
+    price: float
+
+    def __init__(self, experts: Sequence[int], price: float = 1.0) -> None: ...
 
     def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
         """One layer step used `experts` (int32 [A], distinct), of which `hit` (bool [A]) were resident before it."""
 
-    def place(self, table: SlotTable, layer: int, experts: np.ndarray, reason: Reason) -> np.ndarray:
+    def place(
+        self, table: SlotTable, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None
+    ) -> np.ndarray:
         """Choose a slot for each expert, int32 [n], -1 where none is worth taking or can be had.
 
         Args:
             table: the pool's slots, read only. Slots outside ``table.takeable()`` must not be chosen, none twice.
             experts: int32 [n], distinct, the most wanted first, none of them in a slot.
+            chances: for a prefetch, the probability that the layer's next step uses each expert, float [n]; else, and
+                where it is not known, None, which counts as certainty.
         """
 
 
-class LRU:
+class LRU(ValuedPolicy):
     """Least recently used, one cache per layer, admits every miss.
 
     Events are atomic: all experts of a layer step are equally recent, so none of them displaces another. A prefetch
     counts as a use at the time it is issued, else a second prefetch would displace the first.
     """
 
-    def __init__(self, experts: Sequence[int]) -> None:
-        self._experts: np.ndarray = np.asarray(experts, np.int64)
-        self._base: np.ndarray = np.concatenate([[0], np.cumsum(self._experts)])
-        self._last: np.ndarray = np.zeros(int(self._base[-1]), np.int64)  # of each key: step of its layer, 0 = never
-        self._clock: np.ndarray = np.zeros(len(self._experts), np.int64)
-        self._bounds: dict[int, np.ndarray] = {}
-
-    def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
-        self._clock[layer] += 1
-        self._last[self._base[layer] + experts] = self._clock[layer]
-
-    def place(self, table: SlotTable, layer: int, experts: np.ndarray, reason: Reason) -> np.ndarray:
-        start, stop = self._share(table.slots, layer)
-        free = table.state[start:stop] == State.FREE
-        age = np.where(free, -1, self._last[table.key_of[start:stop]])
-        limit = self._clock[layer] + (reason is Reason.DEMAND)
-        candidates = np.flatnonzero(table.takeable()[start:stop] & (age < limit))
-        chosen = candidates[np.argsort(age[candidates], kind="stable")][: len(experts)]
-        slots = np.full(len(experts), -1, np.int32)
-        slots[: len(chosen)] = start + chosen
-        self._last[self._base[layer] + experts[: len(chosen)]] = self._clock[layer]
-        return slots
-
-    def _share(self, slots: int, layer: int) -> tuple[int, int]:
-        if slots not in self._bounds:
-            self._bounds = {slots: np.concatenate([[0], np.cumsum(divide(slots, self._experts.tolist()))])}
-        bounds = self._bounds[slots]
-        return int(bounds[layer]), int(bounds[layer + 1])
+    rule = Rule(RECENCY, per_layer=True)
 
 
-POLICIES: dict[str, type[CachePolicy]] = {"lru": LRU}
+class Static(ValuedPolicy):
+    """The experts used most in the first 1024 steps of each layer; nothing moves afterwards."""
+
+    rule = Rule(COUNT, frozen_after=1024)
 
 
-def make_policy(name: str, experts: Sequence[int]) -> CachePolicy:
+class LFU(ValuedPolicy):
+    """Least frequently used; a miss is admitted if it was used more often than the weakest resident expert."""
+
+    rule = Rule(COUNT)
+
+
+class MRS(ValuedPolicy):
+    """HybriMoE's score S <- a u + (1 - a) S with a = 1/2 (arXiv:2504.05897), and admission where a swap pays.
+
+    The cache knows no router scores, so that u is 1 for each used expert and 0 for the others.
+    """
+
+    rule = Rule(FEATURES, (1,), (0.22, 0.0, 0.0))
+
+
+class EMA(ValuedPolicy):
+    """Exponential average of use with a half-life of 16 steps; a miss is admitted where the swap pays."""
+
+    rule = Rule(FEATURES, (16,), (1.0, 0.0, 0.0))
+
+
+class EMATable(ValuedPolicy):
+    """`EMA`, and what followed the experts just used before, counted online."""
+
+    rule = Rule(FEATURES, (16,), (0.7, 0.7, 0.0), paired=True)
+
+
+class Default(ValuedPolicy):
+    """Expected coming uses, learned online from averages of use at four half-lives and from what followed what.
+
+    The value of an expert is its expected number of uses within the horizon over which an upload has to pay, so that a
+    swap pays where values differ by more than the price. The weights are the same for all experts of a pool.
+    """
+
+    rule = Rule(FEATURES, (4, 16, 64, 512), (0.15, 0.5, 0.15, 0.0, 0.3, 0.0), paired=True, learned=True)
+
+
+POLICIES: dict[str, type[ValuedPolicy]] = {
+    "lru": LRU,
+    "static": Static,
+    "lfu": LFU,
+    "mrs": MRS,
+    "ema": EMA,
+    "ema_table": EMATable,
+    "default": Default,
+}
+
+
+def make_policy(name: str, experts: Sequence[int], price: float = 1.0) -> ValuedPolicy:
     """A fresh policy for a pool.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the price is negative or not finite.
     """
     if name not in POLICIES:
         raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(POLICIES)}")
-    return POLICIES[name](experts)
+    return POLICIES[name](experts, price)

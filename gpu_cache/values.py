@@ -1,0 +1,107 @@
+"""Policies that give each expert a value and let values compete for slots; the arithmetic is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moebius.gpu_cache.slots import SlotTable, divide
+from moebius.kernels.numba import residency
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a policy values.
+
+    Args:
+        kind: `residency.RECENCY`, `COUNT` or `FEATURES`.
+        half_lives: steps of a layer after which a use counts half, one average of use each; features come from here on.
+        weights: of each average, then of the pairs and of a constant, in coming uses per step; the prior if learned.
+        paired: whether to count which experts follow which.
+        learned: whether the weights are learned online.
+        frozen_after: steps of a layer after which values and slots stay as they are, 0 for never.
+        per_layer: whether each layer has its share of the slots, instead of all competing for all.
+    """
+
+    kind: int
+    half_lives: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    paired: bool = False
+    learned: bool = False
+    frozen_after: int = 0
+    per_layer: bool = False
+
+
+class ValuedPolicy:
+    """A `CachePolicy` by the `rule` of its class.
+
+    Args:
+        experts: number of experts of each layer of the pool.
+        price: cost of an upload in units of what a miss costs more than a hit.
+    """
+
+    rule: Rule
+
+    def __init__(self, experts: Sequence[int], price: float = 1.0) -> None:
+        rule, self._experts = self.rule, list(experts)
+        keys, layers, averages = sum(experts), len(self._experts), len(rule.half_lives)
+        features = len(rule.weights)
+        pairs = [count * count if rule.paired else 0 for count in self._experts]
+        flags = (rule.kind, rule.learned, rule.paired, rule.frozen_after, rule.per_layer)
+        self._facts: np.ndarray = np.array([price, 1 / 8])  # the share is followed; 1/8 only starts it
+        self._shares: np.ndarray = np.zeros(layers + 1, np.int64)
+        self.state: tuple[np.ndarray, ...] = (  # in the order of residency.STATE
+            np.array(flags, np.int64),
+            self._facts,
+            _starts(self._experts),
+            self._shares,
+            np.zeros(layers, np.int64),
+            np.zeros(keys),
+            1 - 0.5 ** (1 / np.array(rule.half_lives, np.float64)),
+            np.zeros((averages, keys)),
+            _starts(pairs)[:-1].copy(),
+            np.zeros(sum(pairs), np.float32),
+            np.zeros((2, keys if rule.paired else 0), np.float32),
+            np.zeros((keys if features else 0, features)),
+            np.zeros((3, features, features)),
+            np.array([rule.weights, rule.weights], np.float64).reshape(2, features),
+        )
+        self.price = price
+
+    @property
+    def price(self) -> float:
+        """Cost of an upload in units of what a miss costs more than a hit; to be kept current by the cache's owner."""
+        return float(self._facts[residency.PRICE])
+
+    @price.setter
+    def price(self, value: float) -> None:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"the price of an upload is {value}; it must be a finite number of misses, 0 or more")
+        self._facts[residency.PRICE] = value
+
+    def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
+        """See `CachePolicy.used`."""
+        residency.observe(self.state, layer, np.ascontiguousarray(experts, np.int32))
+
+    def place(
+        self, table: SlotTable, layer: int, experts: np.ndarray, reason: int, chances: np.ndarray | None = None
+    ) -> np.ndarray:
+        """See `CachePolicy.place`."""
+        if not len(experts):
+            return np.empty(0, np.int32)
+        likely = np.ones(len(experts)) if chances is None else np.ascontiguousarray(chances, np.float64)
+        wanted = np.ascontiguousarray(experts, np.int32)
+        return residency.choose(self.state, self.bind(table), layer, wanted, likely, int(reason))
+
+    def bind(self, table: SlotTable) -> tuple[np.ndarray, ...]:
+        """The table's arrays as compiled code wants them (`residency.TABLE`); sees to shares of as many slots."""
+        if self.rule.per_layer and self._shares[-1] != min(table.slots, sum(self._experts)):
+            self._shares[1:] = np.cumsum(divide(table.slots, self._experts))
+        return table.key_of, table.state, table.pins
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    """Where each part begins, and the end of the last, int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -1,0 +1,263 @@
+"""Which experts deserve the slots of a pool: what they are worth, learned from their use, and which slot to give up.
+
+The live cache calls `observe` and `choose`; replay calls `follow` and `select`, their bodies, from compiled code. State
+is a tuple of arrays, made by `moebius.gpu_cache.values`, in the order of `STATE`; experts of all layers are keys
+``base[layer] + expert``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from moebius.kernels.numba.jit import entry, helper
+
+# Kinds of value: the step of the last use, the number of uses, or a weighted sum of features in expected uses.
+RECENCY, COUNT, FEATURES = 0, 1, 2
+# What asks for a slot; equal to `moebius.gpu_cache.policy.Reason`.
+ADMIT, PREFETCH, DEMAND = 0, 1, 2
+
+# rules int64: kind; whether weights are learned; whether pairs are counted; steps of a layer after which nothing moves
+# (0: never); whether each layer has slots of its own.
+KIND, LEARNED, PAIRED, FROZEN_AFTER, PER_LAYER = range(5)
+RULES = 5
+# facts float64: price of an upload in misses; share of a layer's experts that a step uses, followed.
+PRICE, SHARE = range(2)
+FACTS = 2
+
+_INT, _FLOAT = "int64[::1]", "float64[::1]"
+STATE = "Tuple((" + ", ".join([
+    _INT, _FLOAT, _INT, _INT,  # rules, facts, base [L + 1], first slot of each layer [L + 1] (if PER_LAYER)
+    _INT, _FLOAT,  # steps [L], value [keys]
+    _FLOAT, "float64[:, ::1]",  # rates [A], averages [A, keys]
+    _INT, "float32[::1]", "float32[:, ::1]",  # first pair of each layer [L], pairs [sum E^2], recent and seen [2, keys]
+    "float64[:, ::1]", "float64[:, :, ::1]", "float64[:, ::1]",  # features [keys, F], moments [3, F, F], weights [2, F]
+]) + "))"  # fmt: skip
+TABLE = "Tuple((int64[::1], uint8[::1], int32[::1]))"  # key, state and pins of each slot, as in SlotTable
+FREE, LOADING = 0, 1
+
+_PAIR_DECAY = 0.5  # of a use's credit per step: the next use counts half, the one after it a quarter
+_PAIR_LIMIT = 1000.0  # uses after which an expert's pairs are halved, so that old habits fade
+_CONSTANT = 0.1  # the constant feature, of the size of the others
+_SAMPLE = 4  # every fourth expert of a step is learned from
+_PERIOD, _FADE = 64, 0.999  # steps between solutions for the weights, and what is left of the moments then
+_RIDGE = 100.0  # pull of the weights to the prior; at 10 and 1000 costs differ by less than 0.002
+
+
+@helper
+def horizon(facts):  # type: ignore[no-untyped-def]
+    """Steps over which an upload has to pay: the root of price and of rarity, as economic lot sizes go.
+
+    Best on real routing within a tenth, from top-1 to top-8 of 32 and 64 experts and prices from 1/4 to 3.
+    """
+    return max(2.0, math.sqrt(8.0 * facts[PRICE] / max(facts[SHARE], 1e-6)))
+
+
+@helper
+def follow(state, layer, experts):  # type: ignore[no-untyped-def]
+    """One step of `layer` used `experts` (int32 [A], distinct): bring values up to date."""
+    rules, facts, base, _, steps, value, _, _, _, _, _, _, _, _ = state
+    first, count = base[layer], base[layer + 1] - base[layer]
+    steps[layer] += 1
+    facts[SHARE] += 0.01 * (len(experts) / count - facts[SHARE])
+    if rules[KIND] == FEATURES:
+        used = np.zeros(count)
+        for expert in experts:
+            used[expert] = 1.0
+        fresh = _pair_scores(state, layer, experts, count)
+        _revalue(state, layer, used, fresh)
+    elif rules[FROZEN_AFTER] == 0 or steps[layer] <= rules[FROZEN_AFTER]:
+        for expert in experts:
+            value[first + expert] = steps[layer] if rules[KIND] == RECENCY else value[first + expert] + 1
+
+
+@helper
+def _pair_scores(state, layer, experts, count):  # type: ignore[no-untyped-def]
+    """Count which experts follow which, and score each expert by what followed those just used before, float64 [E]."""
+    rules, facts, base, _, _, _, _, _, first_pair, pairs, recent, _, _, _ = state
+    scores = np.zeros(count)
+    if not rules[PAIRED]:
+        return scores
+    first, start = base[layer], first_pair[layer]
+    for earlier in range(count):
+        credit = recent[0, first + earlier]
+        if credit > 0:
+            for expert in experts:
+                pairs[start + earlier * count + expert] += credit
+            recent[0, first + earlier] = credit * np.float32(_PAIR_DECAY) if credit > 0.01 else np.float32(0)
+    for expert in experts:
+        row = pairs[start + expert * count : start + (expert + 1) * count]
+        recent[0, first + expert] += np.float32(1 - _PAIR_DECAY)
+        recent[1, first + expert] += np.float32(1)
+        if recent[1, first + expert] > _PAIR_LIMIT:
+            recent[1, first + expert] *= np.float32(0.5)
+            row *= np.float32(0.5)
+        scale = 1.0 / (recent[1, first + expert] + 1.0) / len(experts)
+        for other in range(count):
+            scores[other] += (row[other] + facts[SHARE]) * scale
+    return scores
+
+
+@helper
+def _revalue(state, layer, used, scores):  # type: ignore[no-untyped-def]
+    """New averages, features and values of a layer's experts; what the step teaches about the weights."""
+    rules, facts, base, _, steps, value, rates, averages, _, _, _, features, moments, weights = state
+    size = len(weights[0])
+    distance = horizon(facts)
+    if not rules[LEARNED] or steps[0] < _PERIOD:
+        weights[0] = distance * weights[1]
+    elif layer == 0 and steps[0] % _PERIOD == 0:
+        _solve(moments, weights, distance)
+    fresh = np.empty(size)
+    for expert in range(len(used)):
+        key = base[layer] + expert
+        for i in range(len(rates)):
+            rate = max(rates[i], 1.0 / (steps[layer] + 1))  # at first the plain mean, which a long half-life needs
+            averages[i, key] += rate * (used[expert] - averages[i, key])
+            fresh[i] = averages[i, key]
+        fresh[size - 2], fresh[size - 1] = scores[expert], _CONSTANT
+        if rules[LEARNED] and steps[layer] > 1 and (steps[layer] + expert) % _SAMPLE == 0:
+            _learn(moments, features[key], fresh, used[expert])
+        worth = 0.0
+        for i in range(size):
+            features[key, i] = fresh[i]
+            worth += weights[0, i] * fresh[i]
+        value[key] = worth
+
+
+@helper
+def _learn(moments, before, after, used):  # type: ignore[no-untyped-def]
+    for i in range(len(before)):
+        for j in range(len(before)):
+            moments[0, i, j] += before[i] * before[j]
+            moments[1, i, j] += before[i] * after[j]
+        moments[2, i, 0] += before[i] * used
+
+
+@helper
+def _solve(moments, weights, distance):  # type: ignore[no-untyped-def]
+    """Weights whose sum of features is the expected discounted number of coming uses (LSTD, Bradtke & Barto 1996)."""
+    size = len(weights[0])
+    left, right = np.empty((size, size)), np.empty(size)
+    discount = 1.0 - 1.0 / distance
+    for i in range(size):
+        for j in range(size):
+            left[i, j] = moments[0, i, j] - discount * moments[1, i, j]
+        left[i, i] += _RIDGE
+        right[i] = moments[2, i, 0] + _RIDGE * distance * weights[1, i]
+    if _eliminate(left, right):
+        weights[0] = right
+    moments *= _FADE
+
+
+@helper
+def _eliminate(left, right):  # type: ignore[no-untyped-def]
+    """Gauss-Jordan elimination with row pivots; the solution is in `right`. False where there is none."""
+    for i in range(len(right)):
+        pivot = i
+        for row in range(i + 1, len(right)):
+            if abs(left[row, i]) > abs(left[pivot, i]):
+                pivot = row
+        if abs(left[pivot, i]) < 1e-9:
+            return False
+        for column in range(len(right)):
+            left[i, column], left[pivot, column] = left[pivot, column], left[i, column]
+        right[i], right[pivot] = right[pivot], right[i]
+        for row in range(len(right)):
+            factor = left[row, i] / left[i, i]
+            if row != i and factor != 0:
+                for column in range(i, len(right)):
+                    left[row, column] -= factor * left[i, column]
+                right[row] -= factor * right[i]
+    for i in range(len(right)):
+        right[i] /= left[i, i]
+    return True
+
+
+@helper
+def select(state, table, layer, experts, chances, reason):  # type: ignore[no-untyped-def]
+    """Slot to give to each expert (int32 [n], distinct, in no slot), int32 [n], -1 where none is worth it.
+
+    Args:
+        chances: probability that the layer's next step uses the expert, float64 [n]; read for PREFETCH only.
+    """
+    rules, _, base, shares, steps, value, _, _, _, _, _, _, _, _ = state
+    keys, states, pins = table
+    slots = np.full(len(experts), np.int32(-1))
+    if rules[FROZEN_AFTER] > 0 and steps[layer] > rules[FROZEN_AFTER]:
+        return slots
+    begin, end = (shares[layer], shares[layer + 1]) if rules[PER_LAYER] else (0, len(keys))
+    taken = np.zeros(end - begin, np.bool_)
+    wishes = chances.copy() if reason == PREFETCH else value[base[layer] + experts]
+    for i in np.argsort(-wishes, kind="mergesort"):
+        key = base[layer] + experts[i]
+        slot, weakest = _weakest(keys, states, pins, value, taken, begin, end)
+        if slot < 0 or not _deserves(state, layer, key, weakest, chances[i], reason):
+            break
+        slots[i] = slot
+        taken[slot - begin] = True
+        if rules[KIND] == RECENCY:
+            value[key] = steps[layer]
+        elif reason == PREFETCH and rules[KIND] == FEATURES:
+            value[key] = _foreseen(state, value[key], chances[i])
+    return slots
+
+
+@helper
+def _weakest(keys, states, pins, value, taken, begin, end):  # type: ignore[no-untyped-def]
+    """The slot to overwrite, whose expert is worth least, and that worth: -inf for a free slot, slot -1 for none."""
+    weakest, least = -1, np.inf
+    for slot in range(begin, end):
+        if states[slot] == LOADING or pins[slot] > 0 or taken[slot - begin]:
+            continue
+        if states[slot] == FREE:
+            return slot, -np.inf
+        if value[keys[slot]] < least:
+            weakest, least = slot, value[keys[slot]]
+    return weakest, least
+
+
+@helper
+def _foreseen(state, worth, chance):  # type: ignore[no-untyped-def]
+    """Expected uses of an expert whose next use has become likelier: the use itself and what it says of later ones."""
+    _, facts, _, _, _, _, rates, _, _, _, _, _, _, weights = state
+    later = 0.0
+    for i in range(len(rates)):
+        later += weights[0, i] * rates[i]
+    return worth + (chance - worth / horizon(facts)) * (1.0 + later)
+
+
+@helper
+def _deserves(state, layer, key, weakest, chance, reason):  # type: ignore[no-untyped-def]
+    """Whether the expert `key` should take the place of one that is worth `weakest`."""
+    rules, facts, _, _, steps, value, _, _, _, _, _, _, _, _ = state
+    price = facts[PRICE]
+    if reason == DEMAND:
+        return True
+    if reason == PREFETCH and chance * (1.0 + price) <= price:
+        return False
+    if weakest == -np.inf:
+        return True
+    if rules[KIND] == RECENCY:
+        return steps[layer] > weakest
+    if rules[KIND] == COUNT:
+        return value[key] > weakest
+    if reason == ADMIT:
+        return value[key] - weakest > price
+    # Against waiting for the miss: with probability `chance` it comes, and the expert may then be admitted.
+    after_use = _foreseen(state, value[key], 1.0) - 1.0
+    waiting = chance * max(0.0, after_use - weakest - price)
+    return _foreseen(state, value[key], chance) - weakest - price > waiting
+
+
+@entry(f"void({STATE}, int64, int32[::1])")
+def observe(state, layer, experts):  # type: ignore[no-untyped-def]
+    """`follow`, for Python."""
+    follow(state, layer, experts)
+
+
+@entry(f"int32[::1]({STATE}, {TABLE}, int64, int32[::1], float64[::1], int64)")
+def choose(state, table, layer, experts, chances, reason):  # type: ignore[no-untyped-def]
+    """`select`, for Python."""
+    return select(state, table, layer, experts, chances, reason)
