@@ -28,7 +28,7 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
         RuntimeError: Triton is needed and not installed.
     """
     own_code = spec.activation.kind == Act.CUSTOM or spec.post_norm is not None
-    if own_code or layout.quantized or (device.type == "cpu" and not interpreted()):
+    if own_code or (device.type == "cpu" and not interpreted()):
         return partial(run_reference, spec, layout)
     if find_spec("triton") is None:
         raise RuntimeError(

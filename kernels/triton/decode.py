@@ -15,12 +15,9 @@ import triton.language as tl
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.triton.activation import activate, constants
-from moebius.kernels.triton.config import INTERPRETED, OPTIONS
-from moebius.kernels.triton.tables import PairTable, part_offsets
-
-# Rows x columns of a weight tile: 8 KiB of bf16 per program and step. Not yet tuned on a device. The interpreter costs
-# about 15 ms per program whatever its size, so tiles are large there.
-ROWS, COLUMNS = (256, 256) if INTERPRETED else (16, 256)
+from moebius.kernels.triton.config import DECODE_TILES, OPTIONS
+from moebius.kernels.triton.tables import PairTable
+from moebius.kernels.triton.weights import GROUP_SIZE, load_bias, load_inputs, multiply_rows, of_matrices, storage
 
 
 def decode(
@@ -37,32 +34,31 @@ def decode(
         fp32 [T, H].
     """
     tokens, hidden, intermediate = x.shape[0], spec.hidden, spec.intermediate
-    records = pool.view(layout.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    shape = {"H": hidden, "INNER": intermediate, "STRIDE": records.shape[1], "BIASED": spec.biased} | OPTIONS
-    parts = part_offsets(layout)
-    intermediate_kernel[table.pairs, triton.cdiv(intermediate, ROWS)](
-        records, x, table.data, activated, table.pairs,
-        UP=parts["up"], GATE=parts["gate"], UP_BIAS=parts["up_bias"], GATE_BIAS=parts["gate_bias"],
-        GATED=spec.gated, **shape, **constants(spec.activation), ROWS=ROWS, COLUMNS=COLUMNS,
+    tile = DECODE_TILES[layout.format]
+    common = {**storage(layout), "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, **OPTIONS}
+    intermediate_kernel[table.pairs, triton.cdiv(intermediate, tile.rows)](
+        pool, x, table.data, activated, table.pairs,
+        **of_matrices(layout, "gate", "up"), GATED=spec.gated, **constants(spec.activation), **common,
     )  # fmt: skip
-    down_kernel[tokens, triton.cdiv(hidden, ROWS)](
-        records, activated, table.data, out, table.pairs,
-        DOWN=parts["down"], DOWN_BIAS=parts["down_bias"], **shape, ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+    down_kernel[tokens, triton.cdiv(hidden, tile.rows)](
+        pool, activated, table.data, out, table.pairs, **of_matrices(layout, "down"), **common
+    )
     return out
 
 
 @triton.jit(do_not_specialize=["P"])
 def intermediate_kernel(
-    records,  # [S, STRIDE]
+    pool,  # uint8 [S, STRIDE]
     x,  # [T, H]
     table,  # int32, see PairTable
     activated,  # fp32 [P, I], written
     P,
-    UP: tl.constexpr, GATE: tl.constexpr, UP_BIAS: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
+    UP: tl.constexpr, UP_SCALE: tl.constexpr, UP_BIAS: tl.constexpr,
+    GATE: tl.constexpr, GATE_SCALE: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, ACT_MAX: tl.constexpr,
     UP_MAX: tl.constexpr, UP_SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -70,56 +66,56 @@ def intermediate_kernel(
     """Gate, up and activation of ROWS rows for one pair. Grid (P, ceil(I / ROWS))."""
     pair = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    record = records + tl.load(table + pair).to(tl.int64) * STRIDE
+    record = pool + tl.load(table + pair).to(tl.int64) * STRIDE
     inputs = x + tl.load(table + P + pair).to(tl.int64) * H
-    up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    SUMS: tl.constexpr = COLUMNS if BITS == 0 else COLUMNS // GROUP_SIZE
+    up = tl.zeros([ROWS, SUMS], tl.float32)
+    gate = tl.zeros([ROWS, SUMS], tl.float32)
     for start in range(0, H, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = (rows < INNER)[:, None] & (columns < H)[None, :]
-        tile = rows[:, None] * H + columns[None, :]
-        value = tl.load(inputs + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(record + UP + tile, mask=inside, other=0.0).to(tl.float32) * value
+        first, second = load_inputs(inputs, start, H, BITS, COLUMNS)
+        up += multiply_rows(record, UP, UP_SCALE, STORED, BITS, rows, INNER, H, start, first, second, COLUMNS)
         if GATED:
-            gate += tl.load(record + GATE + tile, mask=inside, other=0.0).to(tl.float32) * value
+            gate += multiply_rows(record, GATE, GATE_SCALE, STORED, BITS, rows, INNER, H, start, first, second, COLUMNS)
     up_sum = tl.sum(up, axis=1)
     gate_sum = tl.sum(gate, axis=1)
     if BIASED:
-        up_sum += tl.load(record + UP_BIAS + rows, mask=rows < INNER, other=0.0).to(tl.float32)
+        up_sum += load_bias(record, UP_BIAS, BIAS, rows, INNER)
         if GATED:
-            gate_sum += tl.load(record + GATE_BIAS + rows, mask=rows < INNER, other=0.0).to(tl.float32)
-    first = gate_sum if GATED else up_sum
-    result = activate(first, up_sum, GATED, KIND, ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT)
+            gate_sum += load_bias(record, GATE_BIAS, BIAS, rows, INNER)
+    leading = gate_sum if GATED else up_sum
+    result = activate(leading, up_sum, GATED, KIND, ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT)
     tl.store(activated + pair.to(tl.int64) * INNER + rows, result, mask=rows < INNER)
 
 
 @triton.jit(do_not_specialize=["P"])
 def down_kernel(
-    records,  # [S, STRIDE]
+    pool,  # uint8 [S, STRIDE]
     activated,  # fp32 [P, I]
     table,  # int32, see PairTable
     out,  # fp32 [T, H], written
     P,
-    DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_BIAS: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
+    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token over all its pairs. Grid (T, ceil(H / ROWS))."""
     token = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    SUMS: tl.constexpr = COLUMNS if BITS == 0 else COLUMNS // GROUP_SIZE
     total = tl.zeros([ROWS], tl.float32)
     for position in range(tl.load(table + 4 * P + token), tl.load(table + 4 * P + token + 1)):
         pair = tl.load(table + 3 * P + position)
-        record = records + tl.load(table + pair).to(tl.int64) * STRIDE
-        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        record = pool + tl.load(table + pair).to(tl.int64) * STRIDE
+        inputs = activated + pair.to(tl.int64) * INNER
+        products = tl.zeros([ROWS, SUMS], tl.float32)
         for start in range(0, INNER, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            inside = (rows < H)[:, None] & (columns < INNER)[None, :]
-            value = tl.load(activated + pair.to(tl.int64) * INNER + columns, mask=columns < INNER, other=0.0)[None, :]
-            tile = rows[:, None] * INNER + columns[None, :]
-            products += tl.load(record + DOWN + tile, mask=inside, other=0.0).to(tl.float32) * value
+            first, second = load_inputs(inputs, start, INNER, BITS, COLUMNS)
+            products += multiply_rows(
+                record, DOWN, DOWN_SCALE, STORED, BITS, rows, H, INNER, start, first, second, COLUMNS
+            )
         y = tl.sum(products, axis=1)
         if BIASED:
-            y += tl.load(record + DOWN_BIAS + rows, mask=rows < H, other=0.0).to(tl.float32)
+            y += load_bias(record, DOWN_BIAS, BIAS, rows, H)
         total += tl.load(table + 2 * P + pair).to(tl.float32, bitcast=True) * y
     tl.store(out + token.to(tl.int64) * H + rows, total, mask=rows < H)

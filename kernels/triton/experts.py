@@ -10,9 +10,9 @@ import torch
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
-from moebius.kernels.triton import prefill
-from moebius.kernels.triton.config import INTERPRETED
+from moebius.kernels.triton.config import INTERPRETED, PREFILL_TILES
 from moebius.kernels.triton.decode import decode
+from moebius.kernels.triton.prefill import prefill
 from moebius.kernels.triton.tables import pair_table, tile_table
 
 DECODE_TOKENS = 16  # up to here an expert seldom has more than a pair or two, and a tile of `prefill` is mostly padding
@@ -42,5 +42,5 @@ def moe_forward(
     with _one_at_a_time:
         if tokens <= DECODE_TOKENS:
             return decode(spec, layout, pool, x, pairs)
-        tiles = tile_table(routes, slots, prefill.PAIRS, x.device)
-        return prefill.prefill(spec, layout, pool, x, pairs, tiles)
+        tiles = tile_table(routes, slots, PREFILL_TILES[layout.format].pairs, x.device)
+        return prefill(spec, layout, pool, x, pairs, tiles)

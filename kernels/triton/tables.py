@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from moebius.kernels.experts import RecordLayout
 from moebius.kernels.routes import Routes
 
 
@@ -53,13 +50,6 @@ def tile_table(routes: Routes, slots: np.ndarray, rows: int, device: torch.devic
     first = routes.offsets[owner] + within * rows
     last = np.minimum(first + rows, routes.offsets[owner + 1])
     return TileTable(_to_device(np.concatenate([slots[owner], first, last]).astype(np.int32), device), len(owner))
-
-
-@cache
-def part_offsets(layout: RecordLayout) -> Mapping[str, int]:
-    """First element of every part of a record; 0 for those it lacks, which no kernel reads."""
-    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    return dict.fromkeys(names, 0) | {n: part.offset // part.dtype.itemsize for n, part in layout.parts().items()}
 
 
 def _to_device(table: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -33,8 +33,9 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 def test_choice(monkeypatch, spec, device, interpreted, code):
     """Code of the model's own that a kernel would leave out; an emulated run that needs Triton."""
     monkeypatch.setattr(executor, "interpreted", lambda: interpreted)
-    chosen = make_executor(spec, RecordLayout.of(spec, "fp32"), device)
-    assert chosen.func.__module__ == code  # type: ignore[attr-defined]
+    for format in ("fp32", "int4"):
+        chosen = make_executor(spec, RecordLayout.of(spec, format), device)
+        assert chosen.func.__module__ == code  # type: ignore[attr-defined]
 
 
 def test_the_cache_imports_no_kernel():

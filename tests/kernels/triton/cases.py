@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import Act, Activation, ExpertSpec, RecordLayout
+from moebius.kernels.packing import pack, unpack
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import Routes, build_routes
 
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Activation] = {
 class Case(NamedTuple):
     spec: ExpertSpec
     layout: RecordLayout
-    pool: torch.Tensor  # uint8 [S, nbytes], NaN in the slots that nobody uses
+    pool: torch.Tensor  # uint8 [S, nbytes], NaN in the slots that nobody uses (scales, where quantised)
     x: torch.Tensor  # [T, H]
     routes: Routes
     slots: np.ndarray  # int32 [A]
@@ -34,7 +35,7 @@ class Case(NamedTuple):
     def expected(self) -> torch.Tensor:
         """float64 [T, H]."""
         out = torch.zeros(self.x.shape, dtype=torch.float64)
-        weights = [self.layout.view(self.pool[slot]) for slot in self.slots]
+        weights = [unpack(self.layout, self.pool[slot]) for slot in self.slots]
         moe_forward(self.spec, weights, self.x, self.routes, out)
         return out
 
@@ -61,10 +62,12 @@ def make_case(
     layout = RecordLayout.of(spec, format)
     routes = build_routes(ids, rng.uniform(-1, 1, ids.shape).astype(np.float32), num_experts)
     slots = rng.permutation(num_experts + 3)[: len(routes.experts)].astype(np.int32)
-    values = torch.full((num_experts + 3, layout.nbytes // layout.dtype.itemsize), torch.nan)
-    values[slots] = torch.randn(len(slots), values.shape[1], generator=generator) * 2 / hidden**0.5
+    pool = torch.full((num_experts + 3, layout.nbytes), 255, dtype=torch.uint8)
+    for slot in slots.tolist():
+        weights = {name: torch.randn(shape, generator=generator) for name, shape in layout.shapes().items()}
+        pack(layout, pool[slot], {name: weight * 2 / hidden**0.5 for name, weight in weights.items()})
     x = torch.randn(len(ids), hidden, generator=generator).to(dtype or layout.dtype)
-    return Case(spec, layout, values.to(layout.dtype).view(torch.uint8), x, routes, slots)
+    return Case(spec, layout, pool, x, routes, slots)
 
 
 def random_ids(tokens: int, top_k: int, num_experts: int = 8, seed: int = 0) -> np.ndarray:

@@ -10,17 +10,19 @@ import triton.language as tl
 
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import open_device
+from moebius.kernels.experts import RecordLayout
 from moebius.kernels.triton import experts
-from moebius.kernels.triton.config import INTERPRETED
+from moebius.kernels.triton.config import INTERPRETED, PREFILL_TILES
 from moebius.kernels.triton.decode import decode
-from moebius.kernels.triton.prefill import PAIRS, prefill, product_type
+from moebius.kernels.triton.prefill import prefill, product_type
 from moebius.kernels.triton.tables import pair_table, tile_table
 from tests.kernels.triton.cases import ACTIVATIONS, Case, error, make_case, random_ids
 
 assert INTERPRETED
 
 # fp32 sums; in `prefill` the intermediate and the operands have the records' type, in which stock rounds as well
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3}
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3, "int8": 1e-6, "int4": 1e-6}
+QUANTIZED = ("int8", "int4")
 
 
 def run_decode(case: Case) -> torch.Tensor:
@@ -28,9 +30,9 @@ def run_decode(case: Case) -> torch.Tensor:
     return decode(case.spec, case.layout, case.pool, case.x, table)
 
 
-def run_prefill(case: Case, rows: int = PAIRS) -> torch.Tensor:
+def run_prefill(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
-    tiles = tile_table(case.routes, case.slots, rows, case.x.device)
+    tiles = tile_table(case.routes, case.slots, PREFILL_TILES[case.layout.format].pairs, case.x.device)
     return prefill(case.spec, case.layout, case.pool, case.x, table, tiles)
 
 
@@ -54,6 +56,41 @@ def test_activations_and_formats(run, name, gated, format):
     """An activation, a limit or a shift that differs from the reference, in any format."""
     case = make_case(random_ids(2, 2), gated=gated, activation=ACTIVATIONS[name], format=format)
     assert error(run(case), case.expected()) < TOLERANCE[format]
+
+
+@both
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"),
+    [(48, 40), (1, 1), (31, 65), pytest.param(300, 544, marks=pytest.mark.slow)],
+)
+def test_quantised_records(run, hidden, intermediate, format):
+    """A nibble in the wrong half, a scale of the wrong group or row, padding of the last group that is counted."""
+    case = make_case(random_ids(2, 2), hidden, intermediate, format=format)
+    assert error(run(case), case.expected()) < 1e-6
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_quantised_records_with_narrow_inputs(run, dtype, format):
+    """`prefill` unpacks weights to the type of the inputs; the sums stay fp32."""
+    case = make_case(random_ids(2, 2), format=format, dtype=dtype, gated=format == "int8")
+    assert error(run(case), case.expected()) < (1e-6 if dtype == torch.bfloat16 else 1e-3)
+
+
+@both
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_padding_of_quantised_rows_is_not_read(run, format):
+    """Codes behind a row's last weight that meet the next token's inputs, or NaN times zero."""
+    case = make_case(random_ids(2, 2), 40, 24, format=format, biased=False)
+    expected = case.expected()
+    stored = case.layout.stored(case.pool)
+    for name, columns in (("gate", 8), ("up", 8), ("down", 24)):
+        last = stored[name].shape[-1]
+        used = columns if format == "int8" else min(columns, 16)
+        stored[name][..., last - (32 if format == "int8" else 16) + used :] = 0x77
+    assert error(run(case), expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "softcap", "relu2"])
@@ -191,4 +228,4 @@ def test_interpreter_still_breaks_bf16_products():
     a, b, out = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16(), torch.zeros(16, 16)
     dot_kernel[(1,)](a, b, out, N=16)
     assert error(out, a.double() @ b.double()) > 1e-2
-    assert product_type(torch.bfloat16, torch.bfloat16) == torch.float32
+    assert product_type(RecordLayout("bf16", 16, 16, True, False), torch.bfloat16) == torch.float32

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpre
 # Shared memory that a block may use on the smallest card of the generation, bytes
 TARGETS = {
     "turing": (GPUTarget("cuda", 75, 32), 64 << 10),
+    "ampere": (GPUTarget("cuda", 80, 32), 163 << 10),
     "ada": (GPUTarget("cuda", 89, 32), 99 << 10),
     "hopper": (GPUTarget("cuda", 90, 32), 227 << 10),
     "mi300": (GPUTarget("hip", "gfx942", 64), 64 << 10),
@@ -64,6 +65,21 @@ def test_kernels_compile(launches, monkeypatch, target, format, tokens):
     device, shared = TARGETS[target]
     monkeypatch.setattr(driver, "_active", NoDriver(device))
     case = make_case(random_ids(tokens, 2), 256, 96, activation=ACTIVATIONS["gpt_oss"], format=format)
+    experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    assert len(launches) == (2 if tokens == 1 else 3)
+    for name, kernel in launches:
+        assert kernel.metadata.shared <= shared, name
+
+
+@pytest.mark.parametrize("tokens", [1, experts.DECODE_TOKENS + 1], ids=["decode", "prefill"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantised_kernels_compile(launches, monkeypatch, target, format, tokens):
+    """Records whose weights are unpacked in registers, with inputs in the type that the card computes fastest."""
+    device, shared = TARGETS[target]
+    monkeypatch.setattr(driver, "_active", NoDriver(device))
+    dtype = torch.float16 if target == "turing" else torch.bfloat16
+    case = make_case(random_ids(tokens, 2), 256, 96, format=format, dtype=dtype)
     experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
     assert len(launches) == (2 if tokens == 1 else 3)
     for name, kernel in launches:

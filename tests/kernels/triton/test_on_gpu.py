@@ -11,7 +11,7 @@ from tests.kernels.triton.cases import ACTIVATIONS, Case, error, make_case, rand
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 # bf16 and fp16 round the operands of prefill's second product, as stock does
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3, "int8": 1e-5, "int4": 1e-5}
 
 
 def run(case: Case) -> torch.Tensor:
@@ -27,6 +27,15 @@ def run(case: Case) -> torch.Tensor:
 def test_shapes(tokens, format, hidden, intermediate):
     case = make_case(random_ids(tokens, 4, 16), hidden, intermediate, 16, format=format)
     assert error(run(case), case.expected()) < TOLERANCE[format]
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantised_records_on_tensor_cores(format, dtype, bound, tokens):
+    """Weights unpacked to the type of narrow inputs."""
+    case = make_case(random_ids(tokens, 4, 16), 1000, 333, 16, format=format, dtype=dtype)
+    assert error(run(case), case.expected()) < bound
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
