@@ -141,6 +141,20 @@ def test_the_copy_outlives_its_original(options: dict[str, Any]) -> None:
     assert_same_weights(twin, before)
 
 
+def test_a_copy_has_its_own_norms() -> None:
+    """Catches a copy whose experts go on using modules of the original, as norms on each expert's output."""
+    model = zoo.build("muse_spark")
+    ids = prompt(model)
+    want = logits(model, ids)
+    twin = copy.deepcopy(moebius.patch(model, device="cpu"))
+    with torch.no_grad():
+        for experts in helpers.experts_modules(model):
+            for parameter in experts.post_expert_norm.parameters():
+                parameter.mul_(3)
+    assert_close(logits(twin, ids), want)
+    assert (logits(model, ids) - want).abs().max() > 1e-3 * want.abs().max()
+
+
 def test_copy_with_kept_originals() -> None:
     """Catches a copy of a lossy model that unpatches to the lossy weights."""
     model = zoo.build("qwen3_moe")
@@ -174,7 +188,11 @@ def test_dtype_conversion_is_that_of_stock(convert: Callable[[nn.Module], Any], 
         assert convert(model) is not None
         convert(stock)
         assert_same_weights(model, helpers.weights(stock))
-        got, want = logits(model, ids), logits(stock, ids)
+        moebius.reset_stats(model)
+        for _ in range(3):
+            got = logits(model, ids)
+        assert (moebius.stats(model).sums.hits > 0) == (options["device"] != "cpu"), "the cache was not opened again"
+        want = logits(stock, ids)
         precise = logits(copy.deepcopy(stock).float(), ids)
         assert got.dtype == want.dtype
         allowed = 2 * (want.float() - precise).abs().max() + 1e-3 * precise.abs().max()

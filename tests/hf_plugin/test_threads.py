@@ -210,11 +210,21 @@ def test_interrupted_anywhere_the_model_stays_usable(target: Any, name: str, cal
     with patched(model, **EMULATED):
         with _interrupted_in(target, name, call, before), pytest.raises(KeyboardInterrupt):
             _many_forwards(model, ids)
+        if target is CpuExecutor:  # within the step, whose slots are then given back at once
+            moebius.resize(model, gpu_memory=0.25)
         for _ in range(3):
             assert greedy(model, ids) == want
-        moebius.resize(model, gpu_memory=0.25)  # refused while a step is thought to be under way
+        moebius.resize(model, gpu_memory=0.5)  # refused while a step is thought to be under way
         assert greedy(model, ids) == want
     helpers.assert_same_weights(model, state)
+
+
+def _types_of_causes(error: BaseException | None) -> list[type]:
+    types = []
+    while error is not None:
+        types.append(type(error))
+        error = error.__cause__
+    return types
 
 
 @threaded
@@ -244,7 +254,7 @@ def test_ctrl_c_during_generate(options: dict[str, Any]) -> None:
             with pytest.raises((KeyboardInterrupt, SystemError)) as caught:
                 model.generate(ids[:1], **(helpers.EIGHT | {"max_new_tokens": 100_000}), streamer=Announce())
             killer.join()
-            assert KeyboardInterrupt in (type(caught.value), type(caught.value.__cause__))
+            assert KeyboardInterrupt in _types_of_causes(caught.value)
             assert greedy(model, ids) == want
     helpers.assert_same_weights(model, before)
 
