@@ -68,8 +68,11 @@ def follow(state, layer, experts):  # type: ignore[no-untyped-def]
         fresh = _pair_scores(state, layer, experts, count)
         _revalue(state, layer, used, fresh)
     elif rules[FROZEN_AFTER] == 0 or steps[layer] <= rules[FROZEN_AFTER]:
-        for expert in experts:
-            value[first + expert] = steps[layer] if rules[KIND] == RECENCY else value[first + expert] + 1
+        for i in range(len(experts)):
+            key = (
+                first + experts[i]
+            )  # of those used together the last named is the most recent, but by less than a step
+            value[key] = steps[layer] + 0.5 * i / len(experts) if rules[KIND] == RECENCY else value[key] + 1
 
 
 @helper
@@ -189,7 +192,9 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
         return slots
     begin, end = (shares[layer], shares[layer + 1]) if rules[PER_LAYER] else (0, len(keys))
     taken = np.zeros(end - begin, np.bool_)
-    wishes = chances.copy() if reason == PREFETCH else value[base[layer] + experts]
+    wishes = chances.copy()
+    if reason != PREFETCH and rules[KIND] != RECENCY:
+        wishes = value[base[layer] + experts]
     for i in np.argsort(-wishes, kind="mergesort"):
         key = base[layer] + experts[i]
         slot, weakest = _weakest(keys, states, pins, value, taken, begin, end)
@@ -198,7 +203,7 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
         slots[i] = slot
         taken[slot - begin] = True
         if rules[KIND] == RECENCY:
-            value[key] = steps[layer]
+            value[key] = max(value[key], float(steps[layer]))
         elif reason == PREFETCH and rules[KIND] == FEATURES:
             value[key] = _foreseen(state, value[key], chances[i])
     return slots

@@ -1,0 +1,109 @@
+"""What a live pool was told and what happened to its slots, in order: enough to repeat every decision elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moebius.gpu_cache.policy import CachePolicy, Reason
+from moebius.gpu_cache.pool import Pool
+from moebius.gpu_cache.slots import SlotTable
+
+
+class Event(NamedTuple):
+    """A call: of the policy ("used", "place") or of the slot table (the name of one of `TRANSITIONS`)."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    price: float
+    slots: np.ndarray | None = None  # what "place" answered, int32 [n]
+
+
+TRANSITIONS = ("reserve", "publish", "release", "pin", "unpin")
+
+
+class EventLog:
+    """Events of one pool, from its beginning.
+
+    Args:
+        experts: number of experts of each layer of the pool.
+        slots: number of slots of the pool.
+    """
+
+    def __init__(self, experts: list[int], slots: int) -> None:
+        self.experts, self.slots = experts, slots
+        self.events: list[Event] = []
+        self._inside = False
+
+    @classmethod
+    def record(cls, pool: Pool) -> EventLog:
+        """Record an empty pool from here on.
+
+        Raises:
+            ValueError: the pool holds something already.
+        """
+        if (pool.table.key_of >= 0).any():
+            raise ValueError("the pool holds experts already; record it from its beginning")
+        log = cls(np.diff(pool.table.base).tolist(), pool.table.slots)
+        pool.policy = _RecordedPolicy(pool.policy, log)
+        for name in TRANSITIONS:
+            setattr(pool.table, name, log._watch(name, getattr(pool.table, name), pool.policy))
+        return log
+
+    def repeat(self, policy: CachePolicy) -> list[np.ndarray]:
+        """Tell a fresh policy all that was told and drive a fresh table as the live one was; its answers to "place"."""
+        table, answers = SlotTable(self.experts, self.slots), []
+        for event in self.events:
+            policy.price = event.price
+            if event.name == "place":
+                answers.append(policy.place(table, *event.arguments))
+            else:
+                getattr(policy if event.name == "used" else table, event.name)(*event.arguments)
+        return answers
+
+    @property
+    def placements(self) -> list[np.ndarray]:
+        """The live answers to "place"."""
+        return [event.slots for event in self.events if event.slots is not None]
+
+    def _watch(self, name: str, call: Callable[..., None], policy: CachePolicy) -> Callable[..., None]:
+        def watched(*arguments: Any) -> None:
+            outermost, self._inside = not self._inside, True
+            if outermost:  # `reserve` releases by itself
+                self.events.append(Event(name, _copied(arguments), policy.price))
+            try:
+                call(*arguments)
+            finally:
+                self._inside = not outermost
+
+        return watched
+
+
+class _RecordedPolicy:
+    def __init__(self, policy: CachePolicy, log: EventLog) -> None:
+        self._policy, self._log = policy, log
+
+    @property
+    def price(self) -> float:
+        return self._policy.price
+
+    @price.setter
+    def price(self, value: float) -> None:
+        self._policy.price = value
+
+    def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
+        self._log.events.append(Event("used", _copied((layer, experts, hit)), self.price))
+        self._policy.used(layer, experts, hit)
+
+    def place(
+        self, table: SlotTable, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None
+    ) -> np.ndarray:
+        slots = self._policy.place(table, layer, experts, reason, chances)
+        self._log.events.append(Event("place", _copied((layer, experts, reason, chances)), self.price, slots.copy()))
+        return slots
+
+
+def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.copy() if isinstance(value, np.ndarray) else value for value in arguments)
