@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from moebius import __version__
-from moebius.hf_plugin.cli import bench, demo, doctor
+from moebius.hf_plugin.cli import bench, demo, doctor, replay
 from moebius.hf_plugin.cli.console import err
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(replay.replay)
 app.add_typer(bench.app, name="bench")
 
 
