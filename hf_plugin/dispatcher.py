@@ -62,6 +62,8 @@ def run_layer(
     host_x, host_ids, host_weights = to_host(x, ids, weights)
     routes = build_routes(host_ids, host_weights, layer.store.num_experts)
     step = Step(x, host_x, routes)
+    if runtime.recorder is not None:
+        runtime.recorder.record(layer.index, host_ids, host_weights)
     counters = runtime.counters[layer.index]
     counters.tokens += len(x)
     out = torch.zeros(host_x.shape, dtype=torch.float32)

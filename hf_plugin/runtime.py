@@ -22,6 +22,7 @@ from moebius.gpu_cache.device import Launch, open_device
 from moebius.hf_plugin.calibration import calibrate
 from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.recording import Recorder
 from moebius.hf_plugin.stats import LayerStats, Stats
 from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
 
@@ -55,6 +56,7 @@ class ModelRuntime:
         self._patched = len(names)
         self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
         self.tier: Tier | None = None
+        self.recorder: Recorder | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
         self.predictor: RoutingPredictor = self._predictor()

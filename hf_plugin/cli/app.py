@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from moebius import __version__
-from moebius.hf_plugin.cli import bench, demo, doctor, replay
+from moebius.hf_plugin.cli import bench, demo, doctor, trace, warmup
 from moebius.hf_plugin.cli.console import err
 
 app = typer.Typer(
@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(doctor.doctor)
-app.command()(replay.replay)
+app.command()(warmup.warmup)
+app.command()(trace.trace)
 app.add_typer(bench.app, name="bench")
 
 
