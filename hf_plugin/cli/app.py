@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from moebius import __version__
-from moebius.hf_plugin.cli import bench, demo, doctor, trace, warmup
+from moebius.hf_plugin.cli import bench, demo, doctor, replay, trace, warmup
 from moebius.hf_plugin.cli.console import err
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command()(warmup.warmup)
+app.command()(replay.replay)
 app.command()(trace.trace)
 app.add_typer(bench.app, name="bench")
 
