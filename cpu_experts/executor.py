@@ -13,11 +13,11 @@ from moebius.cpu_experts.crew import make_crew
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Act
-from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_size
+from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_bytes
 from moebius.kernels.routes import Routes
 
-# Floats of scratch memory that stay allocated between calls (64 MB); longer prompts allocate theirs for the call alone.
-_KEPT_FLOATS = 1 << 24
+# Bytes of scratch memory that stay allocated between calls; longer prompts allocate theirs for the call alone.
+_KEPT_BYTES = 1 << 26
 
 
 class CpuExecutor:
@@ -37,7 +37,7 @@ class CpuExecutor:
         self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
         self._job = new_job()
         self._job_address = self._job.ctypes.data
-        self._scratch = np.empty(0, np.float32)
+        self._scratch = np.empty(0, np.uint8)
         self._closed = False
         self._turn = threading.Lock()
         _executors.add(self)
@@ -66,7 +66,7 @@ class CpuExecutor:
         layer = self._layers.get(store)
         if layer is None:
             layer = self._layers[store] = describe(store.spec, store.layout, store.records)
-        scratch = self._reserve(scratch_size(layer, x, routes))
+        scratch = self._reserve(scratch_bytes(layer, x, routes))
         prepare(self._job, layer, x, routes, out, scratch)
         if len(routes.tokens):
             self._crew.run(layer.work.address, self._job_address)
@@ -74,8 +74,9 @@ class CpuExecutor:
     def _reserve(self, count: int) -> np.ndarray:
         if count <= len(self._scratch):
             return self._scratch
-        scratch = np.empty(count, np.float32)
-        if count <= _KEPT_FLOATS:
+        scratch = np.empty(count + 64, np.uint8)
+        scratch = scratch[-scratch.ctypes.data % 64 :][:count]  # whole cache lines
+        if count <= _KEPT_BYTES:
             self._scratch = scratch
         return scratch
 
@@ -84,7 +85,7 @@ class CpuExecutor:
         with self._turn:
             self._closed = True
             self._crew.close()
-            self._scratch = np.empty(0, np.float32)
+            self._scratch = np.empty(0, np.uint8)
 
 
 def _run_torch(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
@@ -96,8 +97,7 @@ def _run_torch(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.T
 
 def _needs_torch(store: ExpertStore) -> bool:
     spec = store.spec
-    own_code = spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
-    return own_code or store.layout.quantized
+    return spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
 
 
 _executors: weakref.WeakSet[CpuExecutor] = weakref.WeakSet()

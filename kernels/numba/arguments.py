@@ -12,17 +12,22 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
-from moebius.kernels.numba import portable, words
+from moebius.kernels.numba import portable, quantized, words
+from moebius.kernels.numba.groups import vector_bytes
 from moebius.kernels.numba.jit import Entry
 from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill, find_range_error
 from moebius.kernels.numba.simd import LANES
 from moebius.kernels.routes import Routes
 
-_WORK: dict[str, Entry] = {"fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16}
+_WORK: dict[str, Entry] = {
+    "fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16,
+    "int8": quantized.work_int8, "int4": quantized.work_int4,
+}  # fmt: skip
 _X_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PARTS = {
     "gate": words.GATE, "up": words.UP, "down": words.DOWN,
     "gate_bias": words.GATE_BIAS, "up_bias": words.UP_BIAS, "down_bias": words.DOWN_BIAS,
+    "gate_scale": words.GATE_SCALE, "up_scale": words.UP_SCALE, "down_scale": words.DOWN_SCALE,
 }  # fmt: skip
 _ROUTES = np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.float32)
 
@@ -34,13 +39,17 @@ class Layer:
     Args:
         words: int64 [LAYER_WORDS], see `words`.
         num_experts: E.
-        stride: fp32 numbers between the pairs of the intermediate, a multiple of the vector length.
+        quantized: whether inputs are quantised before they are read.
+        x_bytes: bytes of a token's input as the kernels read it.
+        inner_bytes: bytes of a pair's activated intermediate.
         work: computes units of a job in the layer's format.
     """
 
     words: np.ndarray
     num_experts: int
-    stride: int
+    quantized: bool
+    x_bytes: int
+    inner_bytes: int
     work: Entry
     records: torch.Tensor
 
@@ -52,10 +61,8 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
         records: uint8 [E, layout.nbytes], contiguous, in host memory.
 
     Raises:
-        ValueError: a format or an activation that has no kernel, or records of another shape.
+        ValueError: an activation that has no kernel, or records of another shape.
     """
-    if layout.format not in _WORK:
-        raise ValueError(f"there is no CPU kernel for the expert format {layout.format!r}, only for {', '.join(_WORK)}")
     if spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None:
         raise ValueError("custom activations and norms of expert outputs have no CPU kernel; they are torch code")
     if layout != RecordLayout.of(spec, layout.format):
@@ -64,8 +71,15 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
         raise ValueError(f"records must be uint8 [E, {layout.nbytes}], not {records.dtype} {list(records.shape)}")
     if records.device.type != "cpu" or not records.is_contiguous():
         raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
-    stride = -(-spec.intermediate // LANES) * LANES
-    return Layer(_layer_words(spec, layout, records), records.shape[0], stride, _WORK[layout.format], records)
+    x_bytes, inner_bytes = (_vector_bytes(n, layout) for n in (spec.hidden, spec.intermediate))
+    described = _layer_words(spec, layout, records)
+    return Layer(
+        described, records.shape[0], layout.quantized, x_bytes, inner_bytes, _WORK[layout.format], records
+    )  # fmt: skip
+
+
+def _vector_bytes(n: int, layout: RecordLayout) -> int:
+    return vector_bytes(n, layout.format) if layout.quantized else -(-n // LANES) * LANES * 4
 
 
 def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> np.ndarray:
@@ -85,9 +99,14 @@ def new_job() -> np.ndarray:
     return words_and_slack[(-words_and_slack.ctypes.data // 8) % 8 :][: words.JOB_WORDS]
 
 
-def scratch_size(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
-    """Elements of the float32 scratch memory that `prepare` needs."""
-    return len(routes.tokens) * layer.stride + (0 if x.dtype == torch.float32 else x.numel())
+def scratch_bytes(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
+    """Bytes of scratch memory that `prepare` needs."""
+    return len(routes.tokens) * layer.inner_bytes + _prepares(layer, x) * layer.x_bytes
+
+
+def _prepares(layer: Layer, x: torch.Tensor) -> int:
+    """Tokens whose input the kernels cannot read as it is."""
+    return x.shape[0] if layer.quantized or x.dtype != torch.float32 else 0
 
 
 def prepare(
@@ -101,17 +120,19 @@ def prepare(
         job: from `new_job`; nobody may be working on it.
         x: fp32, bf16 or fp16 [T, H], contiguous, in host memory.
         out: fp32 [T, H], contiguous, in host memory.
-        scratch: float32 [scratch_size(...)] or longer.
+        scratch: uint8 [scratch_bytes(...)] or longer, best at a multiple of 64 bytes.
 
     Raises:
         ValueError, TypeError: arguments of another shape, type or place, or routes out of range.
     """
     _check_tensors(int(layer.words[words.HIDDEN]), x, out)
     _check_form(routes)
-    if scratch.dtype != np.float32 or len(scratch) < scratch_size(layer, x, routes):
-        raise ValueError(f"scratch memory must be float32 [{scratch_size(layer, x, routes)}] or longer")
-    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], out.data_ptr(),
-                  *routes, scratch, layer.stride)  # fmt: skip
+    if scratch.dtype != np.uint8 or len(scratch) < scratch_bytes(layer, x, routes):
+        raise ValueError(f"scratch memory must be uint8 [{scratch_bytes(layer, x, routes)}] or longer")
+    prepares = _prepares(layer, x)
+    x_bytes = layer.x_bytes if prepares else 4 * x.shape[1]
+    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], prepares,
+                  out.data_ptr(), *routes, scratch.ctypes.data, layer.inner_bytes, x_bytes)  # fmt: skip
     if status:
         raise ValueError(_explain(status, layer.num_experts, x.shape[0], routes))
 

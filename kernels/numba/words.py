@@ -11,11 +11,15 @@ WORD = 8  # bytes
 HIDDEN, INTERMEDIATE, KIND = 0, 1, 2
 ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT = 3, 4, 5, 6, 7  # fp32 bits in the low half
 GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 8, 10, 12, 14, 16, 18
-LAYER_WORDS = 20
+GATE_SCALE, UP_SCALE, DOWN_SCALE = 20, 22, 24
+LAYER_WORDS = 26
 
-# Job: two counters on cache lines of their own, then addresses.
+# Job: two counters on cache lines of their own, then sizes and addresses.
 NEXT = 0  # next unit of work that nobody has taken
-DONE = 8  # finished units of the first phase
-LAYER, X, OUT, INNER, STRIDE = 16, 17, 18, 19, 20  # INNER: fp32 [P, STRIDE], the activated intermediate
-ACTIVE, EXPERTS, OFFSETS, TOKENS, WEIGHTS = 21, 22, 23, 24, 25
+DONE = 8  # finished units of the first two phases
+LAYER, ACTIVE, EXPERTS, OFFSETS, TOKENS, WEIGHTS, OUT = 16, 17, 18, 19, 20, 21, 22
+PREPARES = 23  # tokens whose input has to be brought from SOURCE to X; 0: X is the caller's own input
+SOURCE, SOURCE_KIND = 24, 25  # kind 0: fp32, 1: bf16, 2: fp16
+X, X_BYTES = 26, 27  # inputs as the kernels read them, bytes from token to token
+INNER, INNER_BYTES = 28, 29  # activated intermediates, bytes from pair to pair
 JOB_WORDS = 32

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.experts import GROUP, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.packing import pack
 from moebius.kernels.routes import Routes, build_routes
 
 
@@ -16,10 +18,9 @@ def random_store(spec: ExpertSpec, format: str, experts: int, seed: int = 0) -> 
     store = ExpertStore.empty(spec, RecordLayout.of(spec, format), experts)
     generator = torch.Generator().manual_seed(seed)
     for expert in range(experts):
-        for part in store.weights(expert):
-            if part is not None:
-                scale = part.shape[-1] ** -0.5 if part.ndim == 2 else 0.5
-                part.copy_(torch.randn(part.shape, generator=generator) * scale)
+        for name, shape in store.layout.shapes().items():
+            scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.5
+            pack(store.layout, store.records[expert], {name: torch.randn(shape, generator=generator) * scale})
     return store
 
 
@@ -37,3 +38,33 @@ def expected(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Ten
     result = out.double()
     reference.moe_forward(store.spec, [store.weights(int(e)) for e in routes.experts], x, routes, result)
     return result
+
+
+def round_to_groups(x: torch.Tensor, limit: int) -> torch.Tensor:
+    """x [..., n] in codes of -limit..limit, each group of 32 with a scale of its own; rounded in fp32, float64."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    peak = groups.abs().amax(-1, keepdim=True)
+    codes = torch.where(peak > 0, (groups * (limit / peak)).round(), 0.0)
+    return (codes.double() * (peak / limit).double()).flatten(-2)[..., : x.shape[-1]]
+
+
+def expected_quantized(
+    store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `run` must add to `out`, activations rounded as the kernels do, in float64; and the size of what is summed.
+
+    A code of the intermediate that lies between two numbers may be rounded to either, so results differ by up to
+    1 / limit of that size.
+    """
+    spec, limit = store.spec, {"int8": 127 * 256, "int4": 127}[store.layout.format]
+    result, size = out.double(), torch.zeros(out.shape, dtype=torch.float64)
+    for i, expert in enumerate(routes.experts):
+        pairs = slice(int(routes.offsets[i]), int(routes.offsets[i + 1]))
+        tokens, scale = torch.from_numpy(routes.tokens[pairs]).long(), torch.from_numpy(routes.weights[pairs])[:, None]
+        w = ExpertWeights(*(None if part is None else part.double() for part in store.weights(int(expert))))
+        inputs = round_to_groups(x[tokens], limit)
+        gate = None if w.gate is None else F.linear(inputs, w.gate, w.gate_bias)
+        inner = round_to_groups(reference.gate_up(spec, gate, F.linear(inputs, w.up, w.up_bias)), limit)
+        result.index_add_(0, tokens, scale * F.linear(inner, w.down, w.down_bias))
+        size.index_add_(0, tokens, scale.abs() * F.linear(inner.abs(), w.down.abs()))
+    return result, size

@@ -19,6 +19,7 @@ from moebius.kernels.routes import Routes, build_routes
 from .moe_layers import expected, random_routes, random_store
 
 FORMATS = ["fp32", "bf16", "fp16"]
+ALL_FORMATS = [*FORMATS, "int8", "int4"]
 X_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [
     Activation(),
@@ -80,7 +81,7 @@ def test_error_is_that_of_fp32_arithmetic(executors: dict[int, CpuExecutor], for
     assert ours <= 1.5 * (single.double() - exact).norm()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ALL_FORMATS)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 30])
 def test_result_is_bitwise_independent_of_threads(executors: dict[int, CpuExecutor], format: str, tokens: int) -> None:
     """Bug: two threads share a sum, so results change from run to run."""
@@ -93,10 +94,13 @@ def test_result_is_bitwise_independent_of_threads(executors: dict[int, CpuExecut
             assert torch.equal(_run(executor, store, x, routes), one)
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 8, 11])
-def test_result_is_bitwise_independent_of_token_order(executors: dict[int, CpuExecutor], tokens: int) -> None:
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [2, 5, 8, 11, 70])
+def test_result_is_bitwise_independent_of_token_order(
+    executors: dict[int, CpuExecutor], format: str, tokens: int
+) -> None:
     """Bug: the last tokens of a group take another path than the first, so batching changes the text."""
-    store, rng = random_store(ExpertSpec(77, 50), "bf16", 3), np.random.default_rng(3)
+    store, rng = random_store(ExpertSpec(77, 50), format, 3), np.random.default_rng(3)
     x = torch.randn(tokens, 77, generator=torch.Generator().manual_seed(3))
     ids = np.stack([rng.permutation(3)[:2] for _ in range(tokens)])
     weights = rng.standard_normal((tokens, 2)).astype(np.float32)
@@ -210,7 +214,10 @@ def test_tensors_of_another_kind_raise(
 
 def test_several_callers_at_once_get_their_own_results(executors: dict[int, CpuExecutor]) -> None:
     """Bug: two calls share scratch memory or a job."""
-    stores = [random_store(ExpertSpec(64, 48), format, 4, seed) for seed, format in enumerate(["fp32", "bf16"] * 2)]
+    stores = [
+        random_store(ExpertSpec(64, 48), format, 4, seed)
+        for seed, format in enumerate(["fp32", "bf16", "int8", "int4"])
+    ]
     xs = [torch.randn(tokens, 64) for tokens in (1, 3, 6, 1)]
     routes = [random_routes(len(x), 2, 4, seed=7) for x in xs]
     alone = [_run(executors[1], *case) for case in zip(stores, xs, routes, strict=True)]

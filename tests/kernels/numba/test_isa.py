@@ -15,23 +15,24 @@ _ROOT = Path(__file__).parents[3]
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")
 
-# Both 16-bit formats, odd sizes, one, few and many tokens per expert, then the assembly of what just ran.
+# Formats of each kind, odd sizes, one, few and many tokens per expert, then the assembly of what just ran.
 _CHECK = """
 import numpy as np, torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Act, Activation, ExpertSpec, RecordLayout
-from moebius.kernels.numba import portable
+from moebius.kernels.numba import portable, quantized
+from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 executor, torch_seed = CpuExecutor(2), torch.manual_seed(0)
-for format, entry in (("bf16", portable.work_bf16), ("fp16", portable.work_fp16)):
+entries = {"bf16": portable.work_bf16, "fp16": portable.work_fp16, "int8": quantized.work_int8,
+           "int4": quantized.work_int4}
+for format, entry in entries.items():
     for kind in (Act.SILU, Act.GELU_ERF):
         spec = ExpertSpec(147, 83, biased=True, activation=Activation(kind))
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), 3)
-        for expert in range(3):
-            for part in store.weights(expert):
-                part.copy_(torch.randn(part.shape) * 0.1)
+        pack(store.layout, store.records, {n: torch.randn(3, *s) * 0.1 for n, s in store.layout.shapes().items()})
         for tokens in (1, 3, 11):
             ids = np.tile([0, 2], (tokens, 1))
             routes = build_routes(ids, np.full((tokens, 2), 0.5, np.float32), 3)
@@ -39,8 +40,10 @@ for format, entry in (("bf16", portable.work_bf16), ("fp16", portable.work_fp16)
             executor.run(store, x, routes, out)
             exact = torch.zeros(tokens, 147, dtype=torch.float64)
             reference.moe_forward(spec, [store.weights(int(e)) for e in routes.experts], x, routes, exact)
-            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+            bound = {"int8": 2e-4, "int4": 0.03}.get(format, 1e-5)  # int4: activations in 8 bits
+            torch.testing.assert_close(out.double(), exact, rtol=bound, atol=bound)
     assembly = entry.compiled._library.get_asm_str()
+    assert "vpdpbusd" not in assembly
     print(*(register for register in ("xmm", "ymm", "zmm") if "%" + register in assembly))
 executor.close()
 """
@@ -58,7 +61,7 @@ def test_a_level_computes_the_same_with_its_own_instructions_only(
     if not all(isa.llvmlite.binding.get_host_cpu_features().get(feature) for feature in needed):
         pytest.skip(f"this processor has no {level}")
     done = run_python(_CHECK, cwd=_ROOT, path=(_ROOT,), MOEBIUS_ISA=level, MOEBIUS_CACHE_DIR=str(tmp_path))
-    assert done.stdout.split("\n")[:2] == [registers, registers]
+    assert done.stdout.split("\n")[:4] == [registers] * 4
 
 
 @x86

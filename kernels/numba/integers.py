@@ -1,0 +1,338 @@
+"""Vectors of bytes and of integers beside the fp32 lanes of `simd`, for weights that are stored as codes.
+
+The one product is that of AVX-512 VNNI: sixteen sums of four products of unsigned with signed bytes. Where the
+processor lacks it, the same is written in operations that LLVM knows on every one (multiply-add of pairs on x86).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models, register_default
+
+from moebius.kernels.numba.isa import has_feature
+from moebius.kernels.numba.jit import intrinsic
+from moebius.kernels.numba.simd import LANES, f32x16
+
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_BYTES, _INTS = ir.VectorType(_I8, 64), ir.VectorType(_I32, LANES)
+_SHORTS = ir.VectorType(_I16, 32)
+_FLOATS = ir.VectorType(_F32, LANES)
+
+
+class U8x64(types.Type):
+    """Sixty-four bytes, one cache line."""
+
+    def __init__(self) -> None:
+        super().__init__(name="u8x64")
+
+
+class I32x16(types.Type):
+    """Sixteen int32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="i32x16")
+
+
+u8x64, i32x16 = U8x64(), I32x16()
+
+
+@register_default(U8x64)
+class _U8x64Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _BYTES)
+
+
+@register_default(I32x16)
+class _I32x16Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _INTS)
+
+
+def _all(vector: ir.VectorType, value: int) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def _define(result: Any, arguments: tuple[Any, ...], emit: Callable[..., ir.Value | None]) -> Any:
+    """Signature and code of an intrinsic from a function of (builder, *values)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value = emit(builder, *args)
+        return context.get_dummy_value() if value is None else value
+
+    return result(*arguments), codegen
+
+
+@intrinsic
+def load_bytes(typingctx, address):  # type: ignore[no-untyped-def]
+    """The 64 bytes at `address`."""
+    return _define(u8x64, (types.int64,), lambda b, address: _load(b, address, _BYTES))
+
+
+@intrinsic
+def load_ints(typingctx, address):  # type: ignore[no-untyped-def]
+    """Sixteen int32 at `address`."""
+    return _define(i32x16, (types.int64,), lambda b, address: _load(b, address, _INTS, 4))
+
+
+@intrinsic
+def no_ints(typingctx):  # type: ignore[no-untyped-def]
+    """Sixteen zeros."""
+    return _define(i32x16, (), lambda b: _all(_INTS, 0))
+
+
+@intrinsic
+def repeat_int(typingctx, address):  # type: ignore[no-untyped-def]
+    """Sixteen times the int32 at `address`."""
+    return _define(i32x16, (types.int64,), lambda b, address: _repeat(b, address))
+
+
+@intrinsic
+def repeat_bytes(typingctx, address):  # type: ignore[no-untyped-def]
+    """Sixteen times the four bytes at `address`."""
+    return _define(u8x64, (types.int64,), lambda b, address: b.bitcast(_repeat(b, address), _BYTES))
+
+
+def _repeat(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    single = builder.insert_element(ir.Constant(_INTS, ir.Undefined), _load(builder, address, _I32, 4), _I32(0))
+    return _shuffle(builder, single, single, [0] * LANES)
+
+
+@intrinsic
+def add_ints(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a + b."""
+    return _define(i32x16, (i32x16, i32x16), lambda builder, a, b: builder.add(a, b))
+
+
+@intrinsic
+def times_256(typingctx, a):  # type: ignore[no-untyped-def]
+    """256 a."""
+    return _define(i32x16, (i32x16,), lambda builder, a: builder.shl(a, _all(_INTS, 8)))
+
+
+@intrinsic
+def floats(typingctx, a):  # type: ignore[no-untyped-def]
+    """The integers as fp32."""
+    return _define(f32x16, (i32x16,), lambda builder, a: builder.sitofp(a, _FLOATS))
+
+
+@intrinsic
+def integers(typingctx, a):  # type: ignore[no-untyped-def]
+    """The integral part of numbers within the range of int32; 0 for NaN."""
+
+    def emit(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:  # converting NaN would be undefined
+        number = builder.fcmp_ordered("ord", a, a)
+        return builder.fptosi(builder.select(number, a, ir.Constant(_FLOATS, [0.0] * LANES)), _INTS)
+
+    return _define(i32x16, (f32x16,), emit)
+
+
+@intrinsic
+def sum_ints(typingctx, a):  # type: ignore[no-untyped-def]
+    """Sum of the sixteen."""
+    return _define(types.int32, (i32x16,), lambda b, a: _call(b, "llvm.vector.reduce.add.v16i32", _I32, a))
+
+
+@intrinsic
+def largest_magnitude(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The largest magnitude of 32 numbers; NaN if there is one (its bits, as an integer, exceed all others)."""
+
+    def emit(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+        magnitude = _all(_INTS, 0x7FFFFFFF)
+        a, b = (builder.and_(builder.bitcast(v, _INTS), magnitude) for v in (a, b))
+        larger = builder.select(builder.icmp_signed(">", a, b), a, b)
+        return builder.bitcast(_call(builder, "llvm.vector.reduce.smax.v16i32", _I32, larger), _F32)
+
+    return _define(types.float32, (f32x16, f32x16), emit)
+
+
+@intrinsic
+def store_low_bytes(typingctx, address, a):  # type: ignore[no-untyped-def]
+    """Write the lowest byte of each of sixteen integers to `address`."""
+
+    def emit(builder: ir.IRBuilder, address: ir.Value, a: ir.Value) -> None:
+        kind = ir.VectorType(_I8, LANES)
+        builder.store(builder.trunc(a, kind), builder.inttoptr(address, kind.as_pointer()), align=1)
+
+    return _define(types.void, (types.int64, i32x16), emit)
+
+
+@intrinsic
+def second_byte(typingctx, a):  # type: ignore[no-untyped-def]
+    """What the second byte must be for ``256 * second + first``, both signed, to give a."""
+
+    def emit(builder: ir.IRBuilder, a: ir.Value) -> ir.Value:
+        return builder.ashr(builder.add(a, _all(_INTS, 128)), _all(_INTS, 8))
+
+    return _define(i32x16, (i32x16,), emit)
+
+
+@intrinsic
+def plus_128(typingctx, a):  # type: ignore[no-untyped-def]
+    """Signed bytes plus 128, as unsigned bytes."""
+    return _define(u8x64, (u8x64,), lambda builder, a: builder.xor(a, _all(_BYTES, 0x80)))
+
+
+@intrinsic
+def low_halves(typingctx, a):  # type: ignore[no-untyped-def]
+    """The lower four bits of each byte."""
+    return _define(u8x64, (u8x64,), lambda builder, a: builder.and_(a, _all(_BYTES, 15)))
+
+
+@intrinsic
+def high_halves(typingctx, a):  # type: ignore[no-untyped-def]
+    """The upper four bits of each byte."""
+    return _define(u8x64, (u8x64,), lambda builder, a: builder.lshr(a, _all(_BYTES, 4)))
+
+
+@intrinsic
+def dot_bytes(typingctx, total, unsigned, signed):  # type: ignore[no-untyped-def]
+    """total + the sum of four products of an unsigned with a signed byte, in each of sixteen lanes."""
+
+    def emit(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+        if has_feature("avx512vnni"):
+            return _vnni(builder, total, unsigned, signed)
+        return _dot_portably(builder, total, unsigned, signed)
+
+    return _define(i32x16, (i32x16, u8x64, u8x64), emit)
+
+
+def _vnni(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, total, unsigned, signed)
+
+
+def _dot_portably(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    u, s, eight = builder.bitcast(unsigned, _SHORTS), builder.bitcast(signed, _SHORTS), _all(_SHORTS, 8)
+    even = builder.and_(u, _all(_SHORTS, 255)), builder.ashr(builder.shl(s, eight), eight)
+    odd = builder.lshr(u, eight), builder.ashr(s, eight)
+    for a, b in (even, odd):
+        total = builder.add(total, _pairs(builder, a, b))
+    return total
+
+
+def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Sums of two products of int16; LLVM makes this one instruction on x86."""
+    products = []
+    for first in (0, 1):
+        lanes = list(range(first, 32, 2))
+        wide = [builder.sext(_shuffle(builder, v, v, lanes), _INTS) for v in (a, b)]
+        products.append(builder.mul(*wide))
+    return builder.add(*products)
+
+
+@intrinsic
+def spread(typingctx, address, element):  # type: ignore[no-untyped-def]
+    """The scales (fp32 at `address`) of the groups in 64 bytes of codes, each on the lanes of its group.
+
+    int8 codes: two groups on eight lanes each; int4 codes (witness uint8): four on four.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        groups = {types.int8: 2, types.uint8: 4}[element]
+        few = _load(builder, args[0], ir.VectorType(_F32, groups), 4)
+        return _shuffle(builder, few, few, [lane * groups // LANES for lane in range(LANES)])
+
+    return f32x16(types.int64, element), codegen
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Sixteen vectors of sixteen 32-bit numbers, transposed in four steps that every instruction set has."""
+
+    def interleave(a: ir.Value, b: ir.Value, width: int) -> list[ir.Value]:  # within each four numbers
+        halves = []
+        for upper in (0, 2):
+            pick = [[upper, 16 + upper, upper + 1, 17 + upper], [upper, upper + 1, 16 + upper, 17 + upper]][width - 1]
+            halves.append(_shuffle(builder, a, b, [lane + 4 * four for four in range(4) for lane in pick]))
+        return halves
+
+    def fours(a: ir.Value, b: ir.Value, pick: list[int]) -> ir.Value:  # whole fours of both
+        return _shuffle(builder, a, b, [4 * four + lane for four in pick for lane in range(4)])
+
+    result: list[ir.Value] = [None] * 16
+    mixed = []  # mixed[q][j]: numbers j, 4 + j, 8 + j, 12 + j of rows 4 q ... 4 q + 3
+    for q in range(0, 16, 4):
+        low, high = interleave(rows[q], rows[q + 1], 1)
+        low2, high2 = interleave(rows[q + 2], rows[q + 3], 1)
+        mixed.append([*interleave(low, low2, 2), *interleave(high, high2, 2)])
+    for j in range(4):
+        a, b, c, d = (mixed[q][j] for q in range(4))
+        for half in (0, 2):
+            ab, cd = (fours(v, w, [half, half + 1, 4 + half, 5 + half]) for v, w in ((a, b), (c, d)))
+            result[4 * half + j] = fours(ab, cd, [0, 2, 4, 6])
+            result[4 * half + 4 + j] = fours(ab, cd, [1, 3, 5, 7])
+    return result
+
+
+def _row_addresses(builder: ir.IRBuilder, source: ir.Value, pitch: ir.Value, last: ir.Value) -> list[ir.Value]:
+    """Addresses of sixteen rows; the last one that exists stands for those beyond."""
+    numbers = [ir.Constant(ir.IntType(64), row) for row in range(LANES)]
+    clipped = [builder.select(builder.icmp_signed("<", row, last), row, last) for row in numbers]
+    return [builder.add(source, builder.mul(row, pitch)) for row in clipped]
+
+
+@intrinsic
+def pack_codes(typingctx, source, pitch, last, target, leap, element):  # type: ignore[no-untyped-def]
+    """Unsigned codes of 16 rows, 64 bytes of each, so that 64 bytes hold four consecutive columns of all rows.
+
+    Rows lie `pitch` bytes apart, row `last` (0..15) is the last one. Results are `leap` bytes apart at `target`, group
+    by group, eight to a group.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        addresses = _row_addresses(builder, args[0], args[1], args[2])
+        words = _transposed(builder, [_load(builder, address, _INTS) for address in addresses])
+        codes = [builder.bitcast(word, _BYTES) for word in words]
+        if element == types.int8:
+            codes = [builder.xor(code, _all(_BYTES, 0x80)) for code in codes]
+        else:
+            low = [builder.and_(code, _all(_BYTES, 15)) for code in codes]
+            high = [builder.lshr(code, _all(_BYTES, 4)) for code in codes]
+            codes = [code for g in range(0, 16, 4) for code in (*low[g : g + 4], *high[g : g + 4])]
+        for index, code in enumerate(codes):
+            place = builder.add(args[3], builder.mul(args[4], ir.Constant(ir.IntType(64), index)))
+            builder.store(code, builder.inttoptr(place, _BYTES.as_pointer()), align=64)
+        return context.get_dummy_value()
+
+    word = types.int64
+    return types.void(word, word, word, word, word, element), codegen
+
+
+@intrinsic
+def transpose_floats(typingctx, source, target, leap):  # type: ignore[no-untyped-def]
+    """Write the columns of the fp32 [16, 16] at `source` to `target`, `leap` bytes apart."""
+
+    def emit(builder: ir.IRBuilder, source: ir.Value, target: ir.Value, leap: ir.Value) -> None:
+        number = [ir.Constant(ir.IntType(64), row) for row in range(LANES)]
+        rows = [_load(builder, builder.add(source, ir.Constant(ir.IntType(64), 64 * i)), _INTS, 64) for i in range(16)]
+        for i, column in enumerate(_transposed(builder, rows)):
+            place = builder.inttoptr(builder.add(target, builder.mul(leap, number[i])), _INTS.as_pointer())
+            builder.store(column, place, align=64)
+
+    return _define(types.void, (types.int64,) * 3, emit)
+
+
+@intrinsic
+def planes(typingctx, element):  # type: ignore[no-untyped-def]
+    """Bytes that an activation is quantised to: two beside int8 weights, one beside int4 (a constant)."""
+    return _define(types.int64, (element,), lambda b, _: ir.Constant(ir.IntType(64), 2 if element == types.int8 else 1))
+
+
+INT8, INT4 = np.int8(0), np.uint8(0)  # witnesses of the formats
