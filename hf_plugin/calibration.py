@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -37,7 +38,7 @@ def calibrate(
     slots = cache.lookup(0, experts)
     try:
         ready = slots >= 0
-        gpu = cpu
+        gpu = replace(cpu)
         if ready.any():
             gpu = _cost(deadline, lambda tokens: _gpu(cache, store, experts[ready], slots[ready], tokens, device))
     finally:

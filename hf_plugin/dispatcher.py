@@ -65,7 +65,7 @@ def run_layer(
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, host_ids, host_weights)
     counters = runtime.counters[layer.index]
-    counters.tokens += len(x)
+    counters.tokens += layer.tokens(len(x))
     out = torch.zeros(host_x.shape, dtype=torch.float32)
     if runtime.tier is None:
         counters.misses += len(routes.tokens)
@@ -91,8 +91,8 @@ def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[
 
 def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, out: torch.Tensor) -> torch.Tensor:
     index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
-    slots = cache.lookup(index, routes.experts)
     try:
+        slots = cache.lookup(index, routes.experts)
         hit = slots >= 0
         pairs = routes.counts
         counters.hits += int(pairs[hit].sum())

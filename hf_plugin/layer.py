@@ -21,22 +21,18 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.adapters import Convention
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.hf_plugin.gates import LayerGate
+from moebius.hf_plugin.held import HeldWeights
 from moebius.hf_plugin.op import LAYERS, experts
-from moebius.kernels.experts import FLOATS, RecordLayout
-from moebius.kernels.packing import pack, unpack
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
 
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
-_WEIGHTS = ("_parameters", "_placeholders", "_devices", "_surplus", "_kept", "absent", "lossless", "store")  # of twins
 _MISSING = object()
-_HOST = torch.empty(0)
 _ids = itertools.count()
 
 
@@ -61,43 +57,11 @@ class PatchedLayer:
         self._convention, self._identity_experts = site.convention, site.identity_experts
         self._arguments = _argument_names(site.module)
         self._module_ref, self._owner_ref = ref(site.module), ref(site.owner)
-        self._params, self._dtype = site.params, site.dtype
         self._former_forward = site.module.__dict__.get("forward", _MISSING)
-        if twin is None:
-            self._take(site, format, keep)
-        else:
-            for name in _WEIGHTS:
-                setattr(self, name, getattr(twin, name))
+        self.held = twin.held if twin is not None else HeldWeights(site, format, keep)
+        self._spec = site.spec
+        self.store = replace(self.held.store, spec=self._spec)
         self._register()
-
-    def _take(self, site: ExpertsSite, format: str, keep: bool) -> None:
-        tensors = site.tensors()
-        loaded = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}
-        self._parameters: dict[str, nn.Parameter] = {
-            name: site.owner.get_parameter(name) if name in loaded else nn.Parameter(torch.empty(0, dtype=site.dtype))
-            for name in tensors
-        }
-        self._placeholders: dict[str, nn.Parameter] = {
-            name: _placeholder(tensor.shape, tensor.dtype, self._parameters[name]) for name, tensor in tensors.items()
-        }
-        self._devices = {name: loaded.get(name, _HOST).device for name in tensors}
-        self._surplus: dict[str, torch.Tensor] = {}
-        self._kept = tensors if keep else None
-        self.absent = set(tensors)  # weights that no tensor has filled yet
-        self.lossless = True  # whether the store gives the weights back bit for bit
-        self.store = ExpertStore.empty(site.spec, RecordLayout.of(site.spec, format), site.params.num_experts)
-        for name, tensor in loaded.items():
-            self.fill(name, tensor)
-
-    def fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy one of the module's weights into the store."""
-        pack(self.store.layout, self.store.records, self._params.views({name: tensor}))
-        self._surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
-        self.absent.discard(name)
-
-    def placeholder(self, name: str) -> nn.Parameter | None:
-        """What stands in for the module's weight of that name; None for other parameters of the module."""
-        return self._placeholders.get(name)
 
     def _register(self) -> None:
         self.id = next(_ids)
@@ -112,18 +76,14 @@ class PatchedLayer:
         module.__dict__["forward"] = self.forward
         for name in _STATE_METHODS:
             owner.__dict__[name] = getattr(self, name)
-        for name, parameter in self._parameters.items():
-            owner._parameters[name] = self._placeholders[name]
-            parameter.data = torch.empty(0, dtype=self._dtype, device=parameter.device)
+        owner._parameters.update(self.held.placeholders)
+        self.held.release()
 
     def remove(self) -> None:
         """Give the module its weights and its own methods back."""
-        restored = self._kept if self._kept is not None else self.tensors(self._devices)
         module, owner = self._module(), self._owner()
-        for name, parameter in self._parameters.items():
-            parameter.data = restored[name]
-            parameter.requires_grad_(owner.get_parameter(name).requires_grad)
-            owner._parameters[name] = parameter
+        self.held.restore()
+        owner._parameters.update(self.held.parameters)
         for name in _STATE_METHODS:
             owner.__dict__.pop(name, None)  # installing may have been interrupted
         module.__dict__.pop(ATTRIBUTE, None)
@@ -131,21 +91,6 @@ class PatchedLayer:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = self._former_forward
-
-    def tensors(self, devices: dict[str, torch.device] | None = None) -> dict[str, torch.Tensor]:
-        """The module's weights as it had them, copied out of the store (to host memory by default)."""
-        if self._kept is not None:
-            return {name: tensor.clone() for name, tensor in self._kept.items()}
-        result = {
-            name: torch.empty(p.shape, dtype=self._dtype, device=devices[name] if devices else "cpu")
-            for name, p in self._placeholders.items()
-        }
-        weights = unpack(self.store.layout, self.store.records)
-        for part, view in self._params.views(result).items():
-            view.copy_(getattr(weights, part))
-        for name, rows in self._surplus.items():
-            result[name][-len(rows) :] = rows
-        return result
 
     def _module(self) -> nn.Module:
         return _alive(self._module_ref)
@@ -186,6 +131,10 @@ class PatchedLayer:
         """The routed experts' weighted outputs, [T, H] in the dtype of `hidden`; no gradients."""
         return self.runtime.run(self, hidden, ids, weights)
 
+    def tokens(self, rows: int) -> int:
+        """Tokens that a call with so many rows of hidden states stands for."""
+        return rows // self.store.num_experts if self._convention is Convention.SCALED_ROWS else rows
+
     def _routes_of_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = rows.shape[0] // self.store.num_experts
         owners = torch.arange(self.store.num_experts, device=rows.device).repeat_interleave(tokens)
@@ -196,49 +145,31 @@ class PatchedLayer:
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """What `to`, `half` and their like call: a new dtype converts the experts, which stay in host memory."""
-        owner = self._owner()
-        probe = fn(torch.empty(0, dtype=self._dtype, device=next(iter(self._devices.values()))))
+        owner, held = self._owner(), self.held
+        probe = fn(torch.empty(0, dtype=held.dtype, device=held.device))
         if probe.device.type == "meta":
             raise RuntimeError("a patched model cannot move to the meta device: unpatch it first")
-        if probe.dtype != self._dtype:
-            self._convert(probe.dtype)
-        order, placeholders = list(owner._parameters), {name: owner._parameters.pop(name) for name in self._parameters}
+        if probe.dtype != held.dtype:
+            held.convert(probe.dtype, self.name)
+        if self.store.records is not held.store.records:  # by this call, or by that of a module with the same experts
+            self.store = replace(held.store, spec=self._spec)
+            self.runtime.replace_store(self.index, self.store)
+        order = list(owner._parameters)
+        for name in held.placeholders:
+            del owner._parameters[name]
         type(owner)._apply(owner, fn, recurse)
         others = dict(owner._parameters)
         owner._parameters.clear()
-        owner._parameters.update({name: others.get(name, placeholders.get(name)) for name in order})
+        owner._parameters.update({name: others.get(name, held.placeholders.get(name)) for name in order})
         return owner
-
-    def _convert(self, dtype: torch.dtype) -> None:
-        format = next((name for name, known in FLOATS.items() if known == dtype), None)
-        if format is None or (not self.lossless and self._kept is None):
-            raise RuntimeError(
-                f"the patched experts of {self.name!r} are {self._dtype}, stored as {self.store.layout.format}, and "
-                f"cannot become {dtype}: unpatch the model, convert it, and patch it again "
-                f"(experts can be {', '.join(FLOATS)})"
-            )
-        weights = {name: tensor.to(dtype) for name, tensor in self.tensors().items()}
-        if self._kept is not None:
-            self._kept, format = weights, self.store.layout.format
-        spec = self.store.spec
-        store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
-        self.store, self._dtype = store, dtype
-        for name, tensor in weights.items():
-            self.fill(name, tensor)
-        self.runtime.replace_store(self.index, store)
-        owner = self._owner()
-        self._placeholders = {n: _placeholder(p.shape, dtype, p) for n, p in self._placeholders.items()}
-        owner._parameters.update(self._placeholders)
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.to(dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         owner = self._owner()
         type(owner)._save_to_state_dict(owner, destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.tensors().items()})
+        destination.update({prefix + name: tensor for name, tensor in self.held.tensors().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(prefix + name in state_dict for name in self._parameters):
+        if any(prefix + name in state_dict for name in self.held.parameters):
             raise RuntimeError(
                 f"cannot load weights into the patched experts of {self.name!r}: unpatch the model first"
             )
@@ -251,12 +182,10 @@ class PatchedLayer:
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
         new._module_ref, new._owner_ref = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
-        new._parameters = copy.deepcopy(self._parameters, memo)
-        new._placeholders = copy.deepcopy(self._placeholders, memo)
-        new._kept = None if self._kept is None else {name: tensor.clone() for name, tensor in self._kept.items()}
+        new.held = copy.deepcopy(self.held, memo)
         new.gate = self.gate.copied(memo)
-        spec = replace(self.store.spec, post_norm=copy.deepcopy(self.store.spec.post_norm, memo))
-        new.store = replace(self.store, spec=spec)
+        new._spec = replace(self._spec, post_norm=copy.deepcopy(self._spec.post_norm, memo))
+        new.store = replace(self.store, spec=new._spec)
         new._register()
         new.runtime = copy.deepcopy(self.runtime, memo)
         new.runtime.adopt(new)
@@ -272,10 +201,6 @@ def _alive(reference: ref[nn.Module]) -> nn.Module:
     module = reference()
     assert module is not None, "a patched layer is called by its module and does not outlive it"
     return module
-
-
-def _placeholder(shape: torch.Size, dtype: torch.dtype, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), like.requires_grad)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

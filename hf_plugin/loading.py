@@ -85,20 +85,18 @@ class MoebiusQuantizer(HfQuantizer):
         layer = self._layer_of(model, full_name)
         assert layer is not None, full_name
         name = full_name.rpartition(".")[2]
-        placeholder = layer.placeholder(name)
-        assert placeholder is not None, full_name
-        expected = placeholder.shape
+        expected = layer.held.placeholders[name].shape
         if tensor.shape != expected:
             raise ValueError(
                 f"the checkpoint's {full_name} has shape {tuple(tensor.shape)}, but the configuration asks for "
                 f"{tuple(expected)}: the checkpoint and its config.json do not belong together"
             )
-        layer.fill(name, tensor)
+        layer.held.fill(name, tensor)
 
     def _layer_of(self, model: PreTrainedModel, full_name: str) -> PatchedLayer | None:
         path, _, name = full_name.rpartition(".")
         layer = self._by_owner.get(model.get_submodule(path))
-        return layer if layer is not None and layer.placeholder(name) is not None else None
+        return layer if layer is not None and name in layer.held.placeholders else None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
@@ -106,14 +104,14 @@ class MoebiusQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         for layer in self._layers:
-            if layer.absent:
+            if absent := ", ".join(sorted(layer.held.absent)):
                 raise ValueError(
-                    f"the checkpoint has no {', '.join(sorted(layer.absent))} for {layer.name!r}: it is incomplete or "
-                    "belongs to another architecture"
+                    f"the checkpoint has no {absent} for {layer.name!r}: it is incomplete or belongs to another "
+                    "architecture"
                 )
         verified: set[object] = set()
         for site, layer in zip(self._sites, self._layers, strict=True):
-            layer.lossless = FLOATS.get(layer.store.layout.format) == site.dtype
+            layer.held.lossless = FLOATS.get(layer.store.layout.format) == site.dtype
             _verify(site, layer, verified)
             layer.install()
         start(model, self._layers, self.quantization_config.options)
@@ -144,7 +142,7 @@ def _verify(site: ExpertsSite, layer: PatchedLayer, verified: set[object]) -> No
     """Lend the module its weights for the probe of `verify_once`, one layer of each kind."""
     if not verified or site.kind not in verified:
         originals = dict(site.owner._parameters)
-        for name, tensor in layer.tensors().items():
+        for name, tensor in layer.held.tensors().items():
             site.owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         try:
             verify_once(site, verified)

@@ -93,7 +93,7 @@ def unpatch(model: Model) -> Model:
     layers = _patched_layers(model)
     if not layers:
         raise ValueError("the model is not patched")
-    if lossy := [layer.name for layer in layers if not layer.lossless]:
+    if lossy := [layer.name for layer in layers if not layer.held.lossless]:
         raise ValueError(
             f"the experts of {lossy[0]!r} were loaded straight into a format that does not hold their original values; "
             "load the checkpoint again for the unpatched model"

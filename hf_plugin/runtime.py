@@ -194,7 +194,7 @@ class ModelRuntime:
                 "none" if isinstance(self.predictor, NoPrediction) else self.options.predictor,
                 cache.slots if cache else 0,
                 cache.nbytes if cache else 0,
-                sum(store.nbytes for store in self.stores),
+                sum({s.records.data_ptr(): s.nbytes for s in self.stores}.values()),
                 [self._layer_stats(i) for i in range(len(self._names))],
                 self._notes(),
             )

@@ -84,9 +84,10 @@ def test_experts_count_each_distinct_experts_bytes_once() -> None:
 @pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("format", FORMATS)
 def test_experts_error_is_that_of_rounding(format: str) -> None:
-    """Weights drawn in bf16 are exact in all three formats, so that only sums may round."""
+    """Weights drawn in bf16 are exact in the float formats; others lose what their bits cannot hold, and show it."""
     [row] = measure(tokens=[80], formats=[format])
-    assert row.rel_error < 1e-5
+    least, most = {"int8": (1e-3, 0.015), "int4": (0.05, 0.16)}.get(format, (0.0, 1e-5))
+    assert least <= row.rel_error <= most
 
 
 @pytest.mark.usefixtures("small_cache")

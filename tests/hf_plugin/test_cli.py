@@ -16,6 +16,7 @@ import moebius
 from moebius.hf_plugin import doctor, generation, machine, memory_read
 from moebius.hf_plugin.cli import app as cli
 from moebius.hf_plugin.cli import bench, demo
+from moebius.kernels.experts import FORMATS
 
 SMALL_EXPERTS = ["bench", "experts", "--shape", "8,64,32,2", "--threads", "1", "--repeats", "2"]
 SMALL_GENERATE = [
@@ -30,6 +31,9 @@ SMALL_GENERATE = [
     "--rounds",
     "1",
 ]
+
+
+TINY = str(generation.require_model(None))
 
 
 def invoke(*arguments: str) -> Result:
@@ -57,8 +61,8 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_what_works_today() -> None:
     """A command that is listed and does nothing is worse than none."""
     text = invoke("--help").stdout
-    assert all(name in text for name in ("demo", "doctor", "bench"))
-    assert not any(name in text for name in ("replay", "convert", "trace", "warmup"))
+    assert all(name in text for name in ("demo", "doctor", "bench", "warmup", "trace", "replay"))
+    assert not any(name in text for name in ("convert", "serve", "chat"))
     assert invoke("--version").stdout.strip() == f"moebius {moebius.__version__}"
 
 
@@ -195,3 +199,23 @@ def test_weights_are_compared_bit_by_bit() -> None:
     assert not demo._equal_bytes(nan, {"w": torch.tensor([float("nan"), -0.0])})
     assert not demo._equal_bytes(nan, {})
     assert not demo._equal_bytes(nan, {"w": nan["w"].double()})
+
+
+def test_warmup_compiles_every_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One row a format; a model's own format alone where a model is named."""
+    assert [row["format"] for row in json.loads(invoke("warmup", "--json").stdout)] == list(FORMATS)
+    assert [row["format"] for row in json.loads(invoke("warmup", TINY, "--json").stdout)] == ["bf16"]
+    assert "unknown" in str(invoke("warmup", "--format", "int3").exception)
+
+
+def test_trace_is_read_by_replay(tmp_path: Path) -> None:
+    """What one command writes the other takes."""
+    (tmp_path / "code.txt").write_text("import os\n\ndef read(path):\n")
+    trace, prompts = str(tmp_path / "trace.npz"), str(tmp_path / "code.txt")
+    done = invoke("trace", TINY, "--prompts", prompts, "--out", trace, "--new-tokens", "8", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    document = json.loads(invoke("replay", trace, "--capacity", "0.25", "--policy", "lru", "--json").stdout)
+    assert 0 < document["rows"][0]["hit_rate"] < document["bound"]["hit_rate"] < 1
+    (tmp_path / "code.txt").write_text("\n")
+    refused = invoke("trace", TINY, "--prompts", prompts, "--out", trace)
+    assert "no prompts" in str(refused.exception)

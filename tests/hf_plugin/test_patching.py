@@ -16,6 +16,7 @@ import moebius
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.hf_plugin import layer as layer_module
+from moebius.hf_plugin.held import HeldWeights
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import (
@@ -243,7 +244,7 @@ def _failing(original: Any, call: int, error: BaseException) -> Any:
     [
         (ExpertStore, "empty", 1),
         (ExpertStore, "empty", 2),
-        (layer_module.PatchedLayer, "fill", 4),
+        (HeldWeights, "fill", 4),
         (layer_module.PatchedLayer, "install", 2),
         (ExpertCache, "__init__", 1),
         (ExpertCache, "fetch", 1),

@@ -251,3 +251,21 @@ def test_moving_to_where_it_is(options: dict[str, Any]) -> None:
         assert_same_weights(model, before)
         assert_close(logits(model, ids), want)
     assert_same_weights(model, before)
+        assert_same_weights(model, before)
+        assert_close(logits(model, ids), want)
+    assert_same_weights(model, before)
+
+
+def test_tied_experts_convert_together() -> None:
+    """Each of two tied modules would else get a store and placeholders of its own."""
+    model = zoo.build("diffusion_gemma")
+    count = model.num_parameters()
+    moebius.patch(model, device="cpu")
+    before = moebius.stats(model).expert_bytes
+    model.bfloat16()
+    assert model.num_parameters() == count
+    assert moebius.stats(model).expert_bytes == before // 2
+    moebius.unpatch(model)
+    assert model.num_parameters() == count
+    expected = zoo.build("diffusion_gemma").bfloat16().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
