@@ -46,12 +46,14 @@ class ValuedPolicy:
 
     def __init__(self, experts: Sequence[int], price: float = 1.0) -> None:
         rule, self._experts = self.rule, list(experts)
+        self._certainty: np.ndarray = np.ones(max(experts, default=0))
         keys, layers, averages = sum(experts), len(self._experts), len(rule.half_lives)
         features = len(rule.weights)
         pairs = [count * count if rule.paired else 0 for count in self._experts]
         flags = (rule.kind, rule.learned, rule.paired, rule.frozen_after, rule.per_layer)
         self._facts: np.ndarray = np.array([price, 1 / 8])  # the share is followed; 1/8 only starts it
         self._shares: np.ndarray = np.zeros(layers + 1, np.int64)
+        self._divided = 0  # slots that the shares add up to
         self.state: tuple[np.ndarray, ...] = (  # in the order of residency.STATE
             np.array(flags, np.int64),
             self._facts,
@@ -91,14 +93,14 @@ class ValuedPolicy:
         """See `CachePolicy.place`."""
         if not len(experts):
             return np.empty(0, np.int32)
-        likely = np.ones(len(experts)) if chances is None else np.ascontiguousarray(chances, np.float64)
+        likely = self._certainty[: len(experts)] if chances is None else np.ascontiguousarray(chances, np.float64)
         wanted = np.ascontiguousarray(experts, np.int32)
         return residency.choose(self.state, self.bind(table), layer, wanted, likely, int(reason))
 
     def bind(self, table: SlotTable) -> tuple[np.ndarray, ...]:
         """The table's arrays as compiled code wants them (`residency.TABLE`); sees to shares of as many slots."""
-        if self.rule.per_layer and self._shares[-1] != min(table.slots, sum(self._experts)):
-            self._shares[1:] = np.cumsum(divide(table.slots, self._experts))
+        if self.rule.per_layer and self._divided != table.slots:
+            self._shares[1:], self._divided = np.cumsum(divide(table.slots, self._experts)), table.slots
         return table.key_of, table.state, table.pins
 
 

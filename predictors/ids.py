@@ -63,6 +63,8 @@ class IdsForecaster:
             bias,
             np.full((layers, most), top_k / most if most else 0, np.float32),
             np.zeros((layers, 2), np.float32),
+            np.zeros((layers, rows, most), np.float32),
+            np.zeros(layers, np.int64),
         )
 
     def observe(self, layer: int, ids: np.ndarray) -> None:

@@ -22,11 +22,12 @@ STATE = "Tuple((" + ", ".join([
     "float32[:, :, :, ::1]", "float32[:, :, :, ::1]",  # weights and their squared gradients [L, LAGS + 1, E, E]
     "float32[:, :, ::1]", "float32[:, ::1]",  # bias and its squared gradients [L, 2, E], average use [L, E]
     "float32[:, ::1]",  # weight of the average use and its squared gradients [L, 2]
+    "float32[:, :, ::1]", "int64[::1]",  # probabilities foreseen [L, rows, E], for how many rows they still hold [L]
 ]) + "))"  # fmt: skip
 
 _RATE, _SLOW_RATE = np.float32(0.2), np.float32(0.05)  # step sizes of pair weights, and of all others
 _AVERAGING = np.float32(1 - 0.5 ** (1 / 16))  # half-life of 16 tokens
-_ONE, _LEAST = np.float32(1), np.float32(0.003)
+_ONE = np.float32(1)
 
 
 @helper
@@ -36,18 +37,17 @@ def _source(state, layer, lag):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _log_odds(use):  # type: ignore[no-untyped-def]
-    clipped = min(max(use, _LEAST), _ONE - _LEAST)
-    return np.float32(math.log(clipped / (_ONE - clipped)))
-
-
-@helper
-def foresee(state, layer, row, chances):  # type: ignore[no-untyped-def]
-    """Write the probability that token `row` uses each expert of `layer` into `chances`, float32 [E]."""
-    _, experts, last, tokens, weights, _, bias, average, average_weight = state
+def foresee(state, layer, row):  # type: ignore[no-untyped-def]
+    """Probability that token `row` uses each expert of `layer`, float32 [E], a view of the state."""
+    _, experts, last, tokens, weights, _, bias, average, average_weight, said, holding = state
     count = experts[layer]
+    chances = said[layer, row, :count]
+    if row < holding[layer]:
+        return chances
     for expert in range(count):
-        chances[expert] = bias[layer, 0, expert] + average_weight[layer, 0] * _log_odds(average[layer, expert])
+        chances[expert] = bias[layer, 0, expert] + average_weight[layer, 0] * np.float32(
+            math.sqrt(average[layer, expert])
+        )
     for lag in range(LAGS + 1):
         source = _source(state, layer, lag)
         if source < 0 or row >= tokens[source]:
@@ -58,44 +58,51 @@ def foresee(state, layer, row, chances):  # type: ignore[no-untyped-def]
                     chances[expert] += weights[layer, lag, used, expert]
     for expert in range(count):
         chances[expert] = _ONE / (_ONE + np.float32(math.exp(-chances[expert])))
+    if row == holding[layer]:
+        holding[layer] += 1
+    return chances
 
 
 @helper
 def learn(state, layer, row, ids):  # type: ignore[no-untyped-def]
     """Token `row` used the experts `ids` (int32 [k], -1: none) of `layer`: one step towards having foreseen them."""
-    _, experts, last, tokens, weights, squares, bias, average, average_weight = state
+    _, experts, last, tokens, weights, squares, bias, average, average_weight, _, holding = state
     count = experts[layer]
-    error = np.empty(count, np.float32)
-    foresee(state, layer, row, error)
+    error = -foresee(state, layer, row)
+    holding[layer] = 0
     slope = np.float32(0)
-    for expert in range(count):
-        error[expert] = -error[expert]
     for expert in ids:
         if expert >= 0:
             error[expert] += _ONE
     for expert in range(count):
         bias[layer, 1, expert] += error[expert] * error[expert]
         bias[layer, 0, expert] += _SLOW_RATE * error[expert] / math.sqrt(bias[layer, 1, expert] + _ONE)
-        slope += error[expert] * _log_odds(average[layer, expert])
+        slope += error[expert] * np.float32(math.sqrt(average[layer, expert]))
     average_weight[layer, 1] += slope * slope
     average_weight[layer, 0] += _SLOW_RATE * slope / math.sqrt(average_weight[layer, 1] + _ONE)
+    grown, push = error * error, _RATE * error
     for lag in range(LAGS + 1):
         source = _source(state, layer, lag)
         if source < 0 or row >= tokens[source]:
             continue
         for used in last[source, row]:
             if used >= 0:
-                weight, square = weights[layer, lag, used], squares[layer, lag, used]
-                for expert in range(count):
-                    square[expert] += error[expert] * error[expert]
-                    weight[expert] += _RATE * error[expert] / np.float32(math.sqrt(square[expert] + _ONE))
+                _step(weights[layer, lag, used, :count], squares[layer, lag, used, :count], push, grown)
+
+
+@helper
+def _step(weight, square, push, grown):  # type: ignore[no-untyped-def]
+    for expert in range(len(weight)):
+        square[expert] += grown[expert]
+        weight[expert] += push[expert] / np.float32(math.sqrt(square[expert] + _ONE))
 
 
 @helper
 def remember(state, layer, ids):  # type: ignore[no-untyped-def]
     """Tokens `ids` (int32 [T, k], -1: none) passed `layer`; only the first rows are kept, none of a longer batch."""
-    sizes, experts, last, tokens, _, _, _, average, _ = state
+    sizes, experts, last, tokens, _, _, _, average, _, _, holding = state
     count = experts[layer]
+    holding[layer : layer + sizes[AHEAD] + LAGS] = 0  # whoever reads these ids
     tokens[layer] = len(ids) if len(ids) <= sizes[ROWS] else 0
     for row in range(len(ids)):
         for expert in range(count):
@@ -126,8 +133,7 @@ def observe(state, layer, ids):  # type: ignore[no-untyped-def]
 def chances_of_any(state, layer, rows):  # type: ignore[no-untyped-def]
     """Probability that at least one of the first `rows` tokens uses each expert of `layer`, float32 [E]."""
     count = state[1][layer]
-    none, chances = np.ones(count, np.float32), np.empty(count, np.float32)
+    none = np.ones(count, np.float32)
     for row in range(rows):
-        foresee(state, layer, row, chances)
-        none *= _ONE - chances
+        none *= _ONE - foresee(state, layer, row)
     return _ONE - none

@@ -43,8 +43,7 @@ def _prefetch(policy, table, predictor, layer, least, unproven):  # type: ignore
     """Offer `layer`'s absent experts whose probability is at least `least`; the number of uploads."""
     _, _, _, key_of, state, pins = table
     count = predictor[1][layer]
-    chances = np.empty(count, np.float32)
-    foresight.foresee(predictor, layer, 0, chances)
+    chances = foresight.foresee(predictor, layer, 0)
     experts = np.arange(count).astype(np.int32)
     likely = _absent(table, layer, experts[chances >= least])
     if not len(likely):
