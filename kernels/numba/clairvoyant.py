@@ -44,16 +44,16 @@ def most_hits(uses, after, per_event, keys, group, slots):  # type: ignore[no-un
         for i in range(event * per_event, (event + 1) * per_event):
             hit = ends[uses[i]] >= 0
             ends[uses[i]] = -1 if after[i] == _NEVER else after[i]
-            hits += hit
-            held += np.int64(ends[uses[i]] >= 0) - np.int64(hit)
-        current = uses[event * per_event] // group
+            hits += int(hit)
+            held += int(ends[uses[i]] >= 0) - int(hit)
+        current: int = uses[event * per_event] // group
         while True:
             members = ends[current * group : (current + 1) * group]
             latest = np.argmax(members)
             last_end[current], last_key[current] = members[latest], current * group + latest
             if held <= slots:
                 break
-            current = np.argmax(last_end)
+            current = int(np.argmax(last_end))
             ends[last_key[current]] = -1
             held -= 1
     return hits

@@ -207,7 +207,7 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
 
 @helper
 def _most_wanted_first(value, first, experts, chances, by_value):  # type: ignore[no-untyped-def]
-    """Indices of `experts` by falling value or chance, equals in their order, int64 [n]; by insertion, as n is small."""
+    """Indices of `experts` by falling value or chance, equals in their order, int64 [n]; insertion, as n is small."""
     order = np.empty(len(experts), np.int64)
     for i in range(len(experts)):
         wish = value[first + experts[i]] if by_value else chances[i]
