@@ -28,7 +28,7 @@ from moebius.kernels.numba.integers import (
     times_256,
     transpose_floats,
 )
-from moebius.kernels.numba.jit import helper
+from moebius.kernels.numba.jit import helper, inner
 from moebius.kernels.numba.memory import peek, reserve
 from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, prefetch, splat, store, total, zeros
 
@@ -46,7 +46,7 @@ def group_bytes(element):  # type: ignore[no-untyped-def]
     return 16 * planes(element)
 
 
-@helper
+@inner
 def _product(codes, x, element):  # type: ignore[no-untyped-def]
     """64 bytes of codes times the activations that belong to them, summed by fours."""
     w = load_bytes(codes)
@@ -93,29 +93,34 @@ def dot(codes, scales, x, groups, ahead, ahead_scales, element):  # type: ignore
 
 @helper
 def pack(here, then, groups, chunk, rows, panel, element):  # type: ignore[no-untyped-def]
-    """Bring a chunk of up to 32 rows into the order in which `tile` reads it, and ask for the chunk that comes next.
+    """Bring a chunk of up to 32 rows into the order in which `tile` reads it, and ask for the next chunk's scales.
 
     `here` and `then` are addresses of codes and scales, of rows of `groups`. Rows beyond the last repeat it.
+
+    Returns:
+        Address of the codes of the next chunk.
     """
     pitch, per_line, count = groups * group_bytes(element), 4 // planes(element), min(CHUNK, groups - CHUNK * chunk)
     lines, width = (count + per_line - 1) // per_line, _LINE * (CHUNK // per_line)
     codes, scales = here[0] + width * chunk, here[1] + 2 * CHUNK * chunk
-    ahead, staged = (codes + width if CHUNK * (chunk + 1) < groups else then[0]), reserve(_STAGE)
+    ahead, ahead_scales, staged = codes + width, scales + 2 * CHUNK, reserve(_STAGE)
+    if CHUNK * (chunk + 1) >= groups:
+        ahead, ahead_scales = then
     for half in range(0, ROWS, LANES):
         first, last = min(half, rows - 1), max(min(rows - half, LANES) - 1, 0)
         for line in range(lines):
-            for row in range(first, first + last + 1):
-                prefetch(ahead + row * pitch + _LINE * line)
             target = panel + 2 * 8 * _LINE * per_line * line + _LINE * (half // LANES)
             pack_codes(codes + first * pitch + _LINE * line, pitch, last, target, 2 * _LINE, element)
         for row in range(LANES):
             source = scales + 2 * groups * (first + min(row, last))
             values = load(source, _FP16) if count == CHUNK else load_first(source, count, _FP16)
             store(staged + _LINE * row, values)
+            prefetch(ahead_scales + 2 * groups * (first + min(row, last)))
         transpose_floats(staged, panel + PANEL + 4 * half, 4 * ROWS)
+    return ahead
 
 
-@helper
+@inner
 def _step(i, w0, w1, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     i00, i01, i02, i03, i10, i11, i12, i13 = i
     i00, i01, i02, i03 = dot_bytes(i00, w0, x0), dot_bytes(i01, w0, x1), dot_bytes(i02, w0, x2), dot_bytes(i03, w0, x3)
@@ -123,7 +128,7 @@ def _step(i, w0, w1, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     return i00, i01, i02, i03, i10, i11, i12, i13
 
 
-@helper
+@inner
 def _half_group(i, w, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     """Sixteen columns: four steps of four."""
     for k in range(4):
@@ -135,14 +140,14 @@ def _half_group(i, w, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     return i
 
 
-@helper
+@inner
 def _group(i, w, x0, x1, x2, x3, element):  # type: ignore[no-untyped-def]
     half = half_of(element)
     i = _half_group(i, w, x0, x1, x2, x3)
     return _half_group(i, w + 8 * _LINE, x0 + half, x1 + half, x2 + half, x3 + half)
 
 
-@helper
+@inner
 def _scaled(a, i, s0, s1, t0, t1, t2, t3):  # type: ignore[no-untyped-def]
     a00, a01, a02, a03, a10, a11, a12, a13 = a
     i00, i01, i02, i03, i10, i11, i12, i13 = i
@@ -153,14 +158,27 @@ def _scaled(a, i, s0, s1, t0, t1, t2, t3):  # type: ignore[no-untyped-def]
     return a00, a01, a02, a03, a10, a11, a12, a13
 
 
-@helper
+@inner
 def _times_256(i):  # type: ignore[no-untyped-def]
     i00, i01, i02, i03, i10, i11, i12, i13 = i
     i00, i01, i02, i03 = times_256(i00), times_256(i01), times_256(i02), times_256(i03)
     return i00, i01, i02, i03, times_256(i10), times_256(i11), times_256(i12), times_256(i13)
 
 
-@helper
+@inner
+def _ask_for(ahead, pitch, group, element):  # type: ignore[no-untyped-def]
+    """The part of a chunk of 32 rows that is due with a group, so that all of it is asked for in sixteen groups.
+
+    On one core of a Zen 5, 8 vectors, weights from memory: 20.5 ms; 23.4 where `pack` asks, 27.4 where nobody does.
+    """
+    per_line = 4 // planes(element)
+    rows = ROWS // per_line
+    begin = ahead + _LINE * (group // per_line) + rows * (group % per_line) * pitch
+    for row in range(rows):
+        prefetch(begin + row * pitch)
+
+
+@inner
 def _plus(i, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     i00, i01, i02, i03, i10, i11, i12, i13 = i
     i00, i01, i02, i03 = add_ints(i00, c0), add_ints(i01, c1), add_ints(i02, c2), add_ints(i03, c3)
@@ -168,8 +186,11 @@ def _plus(i, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
 
 
 @helper
-def tile(panel, groups, x0, x1, x2, x3, t0, t1, t2, t3, fresh, element):  # type: ignore[no-untyped-def]
-    """A packed chunk of 32 rows times a chunk of four vectors, added to (`fresh`: written to) fp32 [32] at t0..t3."""
+def tile(panel, ahead, pitch, groups, x0, x1, x2, x3, t0, t1, t2, t3, fresh, element):  # type: ignore[no-untyped-def]
+    """A packed chunk of 32 rows times a chunk of four vectors, added to (`fresh`: written to) fp32 [32] at t0..t3.
+
+    `ahead`, if any, is the address of the codes of the chunk that comes next, in rows `pitch` bytes apart.
+    """
     z = zeros()
     a = (z, z, z, z, z, z, z, z)
     if not fresh:
@@ -180,6 +201,8 @@ def tile(panel, groups, x0, x1, x2, x3, t0, t1, t2, t3, fresh, element):  # type
     plane = scales_of(0, element)
     for group in range(groups):
         w, place = panel + 16 * _LINE * group, place_of(group, element)
+        if ahead:
+            _ask_for(ahead, pitch, group, element)
         scale, correction = plane + 4 * group, plane + _LINE + 4 * group
         c0, c1, c2, c3 = (
             repeat_int(x0 + correction), repeat_int(x1 + correction),

@@ -1,4 +1,4 @@
-"""How this package compiles: `helper` for callees, `entry` for what is called from outside, `intrinsic` for LLVM.
+"""How this package compiles: `helper` and `inner` for callees, `entry` for calls from outside, `intrinsic` for LLVM.
 
 Decorating costs nothing and touches no disk. An entry is compiled, or loaded from disk, at its first use. Numba's own
 cache notices an edit of the cached function's file only, so the folder is keyed by a hash of *all* kernel sources, of
@@ -39,6 +39,7 @@ _config: Any = numba.core.config
 
 intrinsic: Any = numba.extending.intrinsic  # Numba passes the typing context, which type checkers do not know
 helper: Any = numba.njit(**_OPTIONS)  # without a signature: compiled as a part of the entries that call it
+inner: Any = numba.njit(forceinline=True, **_OPTIONS)  # in its caller, so that vectors stay in registers
 
 
 class Entry:

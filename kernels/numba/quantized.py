@@ -32,6 +32,7 @@ _BATCH = 64  # pairs that a packed panel serves: packing it costs less than a tw
 _PITCH = 4 * ROWS  # bytes between the pairs of a batch in a block's results
 _BLOCK = _PITCH * _BATCH
 _AHEAD = 4096  # bytes, as in `portable`
+_FEW = 4  # pairs of an expert for which reading its rows from the first-level cache again beats packing them
 _F32 = np.float32(0)
 
 
@@ -103,19 +104,21 @@ def multiply(here, then, rows, n, inputs, inner, target, element):  # type: igno
     whether they are computed in tiles; `inner`: the vectors are intermediates, not inputs.
     """
     job, batch, count, pairs = inputs
-    if pairs == 1:
-        _multiply_one(here, then, rows, n, _vector(job, batch, inner), target, element)
+    if pairs <= _FEW:
+        _multiply_few(here, then, rows, n, job, batch, count, inner, target, element)
         return
     groups, panel = (n + GROUP - 1) // GROUP, reserve(PANEL_BYTES)
+    pitch = groups * group_bytes(element)
     for chunk in range((groups + CHUNK - 1) // CHUNK):
-        pack(here, then, groups, chunk, rows, panel, element)
+        ahead = pack(here, then, groups, chunk, rows, panel, element)
         skip, size = chunk * chunk_bytes(element), min(CHUNK, groups - CHUNK * chunk)
         for j in range(0, count, 4):
             j1, j2, j3 = min(j + 1, count - 1), min(j + 2, count - 1), min(j + 3, count - 1)
             x0, x1 = _vector(job, batch + j, inner) + skip, _vector(job, batch + j1, inner) + skip
             x2, x3 = _vector(job, batch + j2, inner) + skip, _vector(job, batch + j3, inner) + skip
             t0, t1, t2, t3 = target + j * _PITCH, target + j1 * _PITCH, target + j2 * _PITCH, target + j3 * _PITCH
-            tile(panel, size, x0, x1, x2, x3, t0, t1, t2, t3, chunk == 0, element)
+            tile(panel, ahead, pitch, size, x0, x1, x2, x3, t0, t1, t2, t3, chunk == 0, element)
+            ahead = 0  # asked for
 
 
 @helper
@@ -124,16 +127,18 @@ def _vector(job, pair, inner):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _multiply_one(here, then, rows, n, x, target, element):  # type: ignore[no-untyped-def]
+def _multiply_few(here, then, rows, n, job, batch, count, inner, target, element):  # type: ignore[no-untyped-def]
     groups = (n + GROUP - 1) // GROUP
     pitch = groups * group_bytes(element)
     leap = (_AHEAD + pitch - 1) // pitch  # rows
     for row in range(rows):
-        place = row * pitch, 2 * row * groups
         later, block = (row + leap, here) if row + leap < rows else (row + leap - rows, then)
         ahead, ahead_scales = block[0] + later * pitch, block[1] + 2 * later * groups
-        value = dot(here[0] + place[0], here[1] + place[1], x, groups, ahead, ahead_scales, element)
-        poke(target + 4 * row, value)
+        codes, scales = here[0] + row * pitch, here[1] + 2 * row * groups
+        for j in range(count):
+            value = dot(codes, scales, _vector(job, batch + j, inner), groups, ahead, ahead_scales, element)
+            poke(target + j * _PITCH + 4 * row, value)
+            ahead, ahead_scales = codes, scales  # asked for once
 
 
 @helper
