@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from moebius.kernels.experts import BITS, GROUP, ExpertWeights, RecordLayout
+from moebius.kernels.experts import BITS, FLOATS, GROUP, ExpertWeights, RecordLayout
+from moebius.kernels.numba.quantizer import quantize_into
 
+_RANGES = {8: (-127, 127), 4: (-8, 7)}  # of codes
 # Multiples of the scale that maps a group's largest weight to the end of the range, from where the search begins
 _STARTS = {8: (1.0,), 4: (1.0, 0.88, 0.77)}
 _REFINEMENTS = 2  # rounds of codes for the scale, then the best scale for the codes
@@ -24,11 +26,28 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
     stored = layout.stored(records)
     for name, weight in weights.items():
         if layout.quantized and f"{name}_scale" in stored:
-            codes, scales = quantize(weight, BITS[layout.format])
-            stored[name].copy_(codes)
-            stored[f"{name}_scale"].copy_(scales)
+            _quantize_to(weight, BITS[layout.format], stored[name], stored[f"{name}_scale"])
         else:
             stored[name].copy_(weight)
+
+
+def _quantize_to(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Compiled code for what lies in host memory, torch elsewhere."""
+    if weight.ndim > 2:
+        for index in range(len(weight)):
+            _quantize_to(weight[index], bits, codes[index], scales[index])
+    elif weight.device.type == codes.device.type == "cpu" and weight.numel():
+        matrix = weight.detach() if weight.dtype in FLOATS.values() else weight.detach().float()
+        quantize_into(matrix.contiguous(), bits, _starts(bits), codes, scales)
+    else:
+        found_codes, found_scales = quantize(weight, bits)
+        codes.copy_(found_codes)
+        scales.copy_(found_scales)
+
+
+def _starts(bits: int) -> list[float]:
+    """What the entry of largest magnitude is divided by for the scales from where the search begins."""
+    return [end / multiple for multiple in _STARTS[bits] for end in _RANGES[bits]]
 
 
 def unpack(layout: RecordLayout, records: torch.Tensor) -> ExpertWeights:
@@ -57,11 +76,11 @@ def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
         int8 [..., n, 32 g] or uint8 [..., n, 16 g], and fp16 [..., n, g].
     """
     groups = _groups(matrix.float())  # [..., n, g, 32]
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    low, high = _RANGES[bits]
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scale = (peak / high).half().float()
     error = _error(groups, scale, low, high)
-    for start in (end / multiple for multiple in _STARTS[bits] for end in (low, high)):
+    for start in _starts(bits):
         trial = (peak / start).half().float()
         for _ in range(_REFINEMENTS):
             codes = _nearest(groups, trial, low, high)

@@ -176,6 +176,32 @@ def store_low_bytes(typingctx, address, a):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def halves_of_bytes(typingctx, low, high):  # type: ignore[no-untyped-def]
+    """Bytes with low + 8 in the lower and high + 8 in the upper four bits, of integers in -8..7."""
+
+    def emit(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+        low, high = (builder.add(v, _all(_INTS, 8)) for v in (low, high))
+        return builder.or_(low, builder.shl(high, _all(_INTS, 4)))
+
+    return _define(i32x16, (i32x16, i32x16), emit)
+
+
+@intrinsic
+def first_equal(typingctx, magnitude, value):  # type: ignore[no-untyped-def]
+    """The first of sixteen lanes whose magnitude is `magnitude`; 16 if there is none."""
+
+    def emit(builder: ir.IRBuilder, magnitude: ir.Value, value: ir.Value) -> ir.Value:
+        single = builder.insert_element(ir.Constant(_INTS, ir.Undefined), builder.bitcast(magnitude, _I32), _I32(0))
+        bits = builder.and_(builder.bitcast(value, _INTS), _all(_INTS, 0x7FFFFFFF))
+        equal = builder.icmp_signed("==", bits, _shuffle(builder, single, single, [0] * LANES))
+        mask = builder.zext(builder.bitcast(equal, _I16), _I32)
+        mask = builder.or_(mask, _I32(1 << LANES))
+        return builder.zext(builder.cttz(mask, ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return _define(types.int64, (types.float32, f32x16), emit)
+
+
+@intrinsic
 def second_byte(typingctx, a):  # type: ignore[no-untyped-def]
     """What the second byte must be for ``256 * second + first``, both signed, to give a."""
 

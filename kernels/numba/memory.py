@@ -65,6 +65,34 @@ def extend_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(builder.select(special, infinite, finite), sign), of(ir.FloatType()))
 
 
+def round_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Bits of the nearest fp16 (ties to even) of an fp32 number; too large ones become infinity."""
+    word, half = ir.IntType(32), ir.IntType(16)
+    if has_feature("f16c") or platform.machine() in ("aarch64", "arm64"):
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), half)
+    # Elsewhere LLVM would call a library function. Adding one half makes the processor round subnormals at the right
+    # bit; normal numbers are rounded in their bits, and a carry moves to the next exponent, or to infinity.
+    bits = builder.bitcast(value, word)
+    magnitude = builder.and_(bits, word(0x7FFFFFFF))
+    subnormal = builder.bitcast(builder.fadd(builder.bitcast(magnitude, ir.FloatType()), ir.FloatType()(0.5)), word)
+    odd = builder.and_(builder.lshr(magnitude, word(13)), word(1))
+    rebased = builder.sub(builder.add(magnitude, word(0xFFF)), word(112 << 23))
+    normal = builder.lshr(builder.add(rebased, odd), word(13))
+    result = builder.select(
+        builder.icmp_unsigned("<", magnitude, word(0x38800000)), builder.sub(subnormal, word(0x3F000000)), normal
+    )
+    result = builder.select(builder.icmp_unsigned(">=", magnitude, word(0x47800000)), word(0x7C00), result)
+    result = builder.select(builder.icmp_unsigned(">", magnitude, word(0x7F800000)), word(0x7E00), result)
+    sign = builder.and_(builder.lshr(bits, word(16)), word(0x8000))
+    return builder.trunc(builder.or_(result, sign), half)
+
+
+@intrinsic
+def narrow(typingctx, value):  # type: ignore[no-untyped-def]
+    """Bits (int16) of the fp16 number nearest to an fp32 number."""
+    return types.int16(types.float32), lambda context, builder, signature, args: round_to_half(builder, args[0])
+
+
 @intrinsic
 def widen(typingctx, value):  # type: ignore[no-untyped-def]
     """A stored scalar as fp32: float32 as it is, uint16 as bf16, int16 as fp16."""

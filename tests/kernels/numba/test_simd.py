@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moebius.kernels.numba.jit import entry
-from moebius.kernels.numba.memory import address_of, peek, size_of, widen
+from moebius.kernels.numba.memory import address_of, narrow, peek, size_of, widen
 from moebius.kernels.numba.simd import LANES, exp, fma, load, load_first, store, total
 
 _BF16, _FP16, _F32 = np.uint16(0), np.int16(0), np.float32(0)
@@ -57,6 +57,27 @@ def test_all_16_bit_numbers_become_what_torch_says(convert, dtype, view) -> None
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
     real = ~np.isnan(expected)
     np.testing.assert_array_equal(out[real].view(np.int32), expected[real].view(np.int32))
+
+
+@entry("void(float32[::1], int16[::1])")
+def _rounded(values, out):  # type: ignore[no-untyped-def]
+    for k in range(len(values)):
+        out[k] = narrow(values[k])
+
+
+def test_rounding_to_16_bit_numbers_is_that_of_torch() -> None:
+    """Bug: ties, subnormals, overflow or NaN rounded in another way where the processor has no conversion."""
+    exact = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).float()
+    exact = exact[torch.isfinite(exact)]
+    ties = (exact.sort().values[1:] + exact.sort().values[:-1]) / 2
+    values = torch.cat([exact, ties, ties * (1 + 2**-23), ties * (1 - 2**-23), torch.randn(5000) * 1e4])
+    values = torch.cat([values, torch.tensor([65519.0, 65520.0, 1e6, 3e38, float("inf"), 1e-9, 1e-42])])
+    values = torch.cat([values, -values])
+    out = np.empty(len(values), np.int16)
+    _rounded(values.numpy(), out)
+    np.testing.assert_array_equal(out, values.half().view(torch.int16).numpy())
+    _rounded(np.full(len(out), np.nan, np.float32), out)
+    assert np.isnan(out.view(np.float16)).all()
 
 
 @entry("void(float32[::1], int64, float32[::1])")
