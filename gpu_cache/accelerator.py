@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moebius.gpu_cache.device import Completion, Device, Launch
+from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,17 @@ class EventCompletion(Completion):
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class StreamTransfer(EventCompletion, Transfer):
+    """A copy between two events of its stream."""
+
+    def __init__(self, begin: Any, end: Any) -> None:
+        super().__init__(end)
+        self._begin = begin
+
+    def elapsed_us(self) -> float:
+        return self._begin.elapsed_time(self.event) * 1e3
 
 
 class StreamLaunch(Launch):
@@ -72,14 +83,19 @@ class AcceleratorDevice(Device):
             stream.wait_stream(self._current_stream())
         return pool
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Completion:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
         stream = self._urgent if urgent else self._background
         with self._module.stream(stream):
             if after is not None:
                 assert isinstance(after, EventCompletion)
                 stream.wait_event(after.event)
+            begin = self._record(stream, timed=True)
             target.copy_(source, non_blocking=True)
-            return EventCompletion(self._record(stream))
+            return StreamTransfer(begin, self._record(stream, timed=True))
+
+    def finish_copies(self) -> None:
+        for stream in (self._urgent, self._background):
+            stream.synchronize()
 
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
         with self._module.device(self.torch_device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.pool import Pool
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
+
+logger = logging.getLogger(__name__)
 
 
 class CachedLayer(NamedTuple):
@@ -71,6 +74,7 @@ class ExpertCache:
     def lookup(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Ready slot of each expert (int32 [A], distinct) or -1, int32 [A]; hits are pinned until ``finish(layer)``."""
         pool, local = self._pool(layer)
+        pool.withdraw(local)
         pool.collect()
         slots = pool.table.lookup(local, experts)
         self._pin(layer, pool, slots)
@@ -91,7 +95,7 @@ class ExpertCache:
         pool.collect()
         slots = pool.table.occupied(local, experts)
         missing = slots < 0
-        slots[missing] = pool.upload(local, experts[missing], Reason.DEMAND)
+        slots[missing] = pool.demand(local, experts[missing])
         self._pin(layer, pool, slots)
         return slots
 
@@ -116,9 +120,13 @@ class ExpertCache:
 
     def finish(self, layer: int) -> None:
         """End the step that `lookup` began: its slots may be displaced, once the launches that read them have ended."""
-        pool, _ = self._pool(layer)
-        for slots in self._pinned.pop(layer, ()):
-            pool.table.unpin(slots)
+        pool = self._open_pools()[self._home[layer][0]]
+        sound, pool.sound = pool.sound, False
+        pinned = self._pinned.pop(layer, ())
+        if sound:  # else it was interrupted, and the next call starts with an empty pool
+            for slots in pinned:
+                pool.table.unpin(slots)
+            pool.sound = True
 
     def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
         """Tell the policy: one step used `experts` (int32 [A], distinct), `hit` (bool [A]) were resident before it."""
@@ -126,20 +134,29 @@ class ExpertCache:
         pool.policy.used(local, experts, hit)
 
     def admit(self, layer: int, experts: np.ndarray) -> int:
-        """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns the number of uploads begun."""
+        """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns how many are queued or begun."""
         return self._offer(layer, experts, Reason.ADMIT)
 
     def prefetch(self, layer: int, experts: np.ndarray) -> int:
         """Offer experts (int32 [n], distinct, likeliest first) predicted for a coming layer, like `admit`.
 
-        Those that are resident or on their way cost nothing and do not count.
+        Those that are resident or on their way cost nothing and do not count. They go before admissions; those whose
+        copy has not begun when `lookup` begins the layer are withdrawn.
         """
         return self._offer(layer, experts, Reason.PREFETCH)
 
     def drain(self) -> None:
-        """Wait until no copy is under way."""
-        for pool in self._pools:
-            pool.drain()
+        """Wait until no copy is under way or waits for its turn."""
+        errors = []
+        for number, pool in enumerate(self._pools):
+            if not pool.sound:
+                self._recover(number)
+            try:
+                pool.drain()
+            except RuntimeError as error:  # raised when all pools are drained
+                errors.append(error)
+        if errors:
+            raise RuntimeError("; ".join(str(error) for error in errors)) from errors[0].__cause__
 
     def resize(self, budget: int) -> None:
         """Change the budget between steps. The cache starts empty; the policy keeps what it knows.
@@ -154,12 +171,19 @@ class ExpertCache:
                 f"resize was called while layer {next(iter(self._pinned))} is computing; call it between"
             )
         former = [pool.table.slots for pool in self._pools]
-        self._drop_pools()
         try:
+            self._drop_pools()
             self._pools = self._make_pools(slots)
         except BaseException:
             self._pools = self._make_pools(former)
             raise
+
+    def copy_times(self) -> list[float]:
+        """Microseconds of each copy that was seen to complete since the last call."""
+        times = [took for pool in self._pools for took in pool.copy_times]
+        for pool in self._pools:
+            pool.copy_times.clear()
+        return times
 
     def free_memory(self) -> int:
         """Bytes that the device could allocate now, besides those of the slots."""
@@ -169,6 +193,16 @@ class ExpertCache:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
         self._give_back()
         self._pools = []
+
+    @property
+    def price(self) -> float:
+        """Cost of an upload in units of what a miss costs more than a hit, by which the policy admits; 1 at first."""
+        return self._policies[0].price
+
+    @price.setter
+    def price(self, value: float) -> None:
+        for policy in self._policies:
+            policy.price = value
 
     @property
     def slots(self) -> int:
@@ -189,20 +223,35 @@ class ExpertCache:
         return counts
 
     def _pool(self, layer: int) -> tuple[Pool, int]:
+        number, local = self._home[layer]
+        pool = self._open_pools()[number]
+        if not pool.sound:
+            self._recover(number)
+        return pool, local
+
+    def _open_pools(self) -> list[Pool]:
         if not self._pools:
             raise RuntimeError("the expert cache is closed; patch the model again")
-        pool, local = self._home[layer]
-        return self._pools[pool], local
+        return self._pools
+
+    def _recover(self, number: int) -> None:
+        """An interrupt (Ctrl-C) came between two halves of a change: what the slots hold is not certain any more."""
+        logger.warning("the expert cache was interrupted at a bad moment and starts empty again")
+        for layer in self._groups[number]:
+            self._pinned.pop(layer, None)
+        self._pools[number].reset()
 
     def _pin(self, layer: int, pool: Pool, slots: np.ndarray) -> None:
         mine = slots[slots >= 0]
+        pool.sound = False
         pool.claim(mine)
         self._pinned.setdefault(layer, []).append(mine)
+        pool.sound = True
 
     def _offer(self, layer: int, experts: np.ndarray, reason: Reason) -> int:
         pool, local = self._pool(layer)
         pool.collect()
-        return int((pool.upload(local, experts, reason) >= 0).sum())
+        return pool.offer(local, experts, reason)
 
     def _divide(self, budget: int) -> list[int]:
         sizes = [self._records[group[0]].shape[1] for group in self._groups]
@@ -217,8 +266,7 @@ class ExpertCache:
 
     def _drop_pools(self) -> None:
         for pool in self._pools:
-            pool.settle()
-            pool.empty()
+            pool.reset()
         self._pools = []  # their memory, before new memory is asked for
 
 

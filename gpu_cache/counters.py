@@ -9,18 +9,22 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Sums since the start or the last `reset`, each int64 [L]."""
+    """Sums since the start or the last `reset`, each int64 [L], but `copy_us`, which is float64 [L]."""
 
     uploads: np.ndarray  # copies begun, for whatever reason
     upload_bytes: np.ndarray
-    prefetch_issued: np.ndarray
+    copies: np.ndarray  # completed without an error
+    copy_us: np.ndarray  # microseconds that these took, without their wait for their turn
+    prefetch_issued: np.ndarray  # copies begun
     prefetch_used: np.ndarray  # computed from their slot at least once
     prefetch_wasted: np.ndarray  # left their slot, or failed, before any use
+    prefetch_cancelled: np.ndarray  # withdrawn before their copy began; not among the issued
     demand_fetches: np.ndarray
 
     @classmethod
     def zeros(cls, layers: int) -> Counters:
-        return cls(*(np.zeros(layers, np.int64) for _ in fields(cls)))
+        dtypes = (np.float64 if field.name == "copy_us" else np.int64 for field in fields(cls))
+        return cls(*(np.zeros(layers, dtype) for dtype in dtypes))
 
     def reset(self) -> None:
         for name in fields(self):

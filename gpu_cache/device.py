@@ -25,6 +25,14 @@ class Completion(ABC):
         """Why it failed, once it is done."""
 
 
+class Transfer(Completion):
+    """A copy under way."""
+
+    @abstractmethod
+    def elapsed_us(self) -> float:
+        """Microseconds that the copy took, without its wait for its turn, once it has ended without an error."""
+
+
 class Launch(ABC):
     """A computation under way. Its `completion` may outlive it without holding the result."""
 
@@ -56,13 +64,17 @@ class Device(ABC):
         """A pool of slots, uint8 [slots, nbytes], not initialised."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Completion:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
         """Start copying a host record (uint8 [nbytes]) into a slot (uint8 [nbytes]).
 
         Args:
             after: the last computation that reads the slot; the copy begins when it has ended.
             urgent: somebody waits for it.
         """
+
+    @abstractmethod
+    def finish_copies(self) -> None:
+        """Block until every copy that was ever started has ended; does not raise their errors."""
 
     @abstractmethod
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
@@ -123,9 +135,19 @@ def _find(name: str) -> torch.device:
         index = torch.accelerator.current_device_index()
     if index >= count:
         raise RuntimeError(f"{name!r} was asked for, but there are {count} {found.type} devices, numbered from 0")
-    if not hasattr(torch.get_device_module(found), "Stream"):
+    if not _has_streams(found):
         raise RuntimeError(f"{name!r} has no streams in torch, so copies would block the computation; {remedy}")
     return torch.device(device.type, index)
+
+
+def default_device() -> str:
+    """The name of this machine's accelerator if it can hold a cache, else "cpu"; mps, without streams, cannot."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None or not _has_streams(found) else found.type
+
+
+def _has_streams(device: torch.device) -> bool:
+    return hasattr(torch.get_device_module(device), "Stream")
 
 
 def _describe(found: torch.device | None) -> str:

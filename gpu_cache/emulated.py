@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import torch
 
-from moebius.gpu_cache.device import Completion, Device, Launch
-from moebius.gpu_cache.worker import Job, Worker
+from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
+from moebius.gpu_cache.worker import Job, Signal, Worker
 
 
 class EmulatedDevice(Device):
@@ -33,11 +33,12 @@ class EmulatedDevice(Device):
         with torch.inference_mode(False):  # a pool made inside could not be written by the copy thread
             return torch.empty(slots, nbytes, dtype=torch.uint8)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Completion:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
+        assert after is None or isinstance(after, Signal)
         issued = monotonic()
 
         def work() -> torch.Tensor:
-            self._wait_for_link(issued, source.nbytes)
+            self._wait_for_link(issued if after is None else max(issued, after.ended_at), source.nbytes)
             np.copyto(target.numpy(), source.numpy())  # one thread, like a copy engine; releases the GIL
             return target
 
@@ -45,6 +46,12 @@ class EmulatedDevice(Device):
         # Only a copy that waits for nobody may overtake: what it would wait for can wait for a copy behind it.
         self._copies.submit(job, first=urgent and (after is None or after.done()))
         return job.completion
+
+    def finish_copies(self) -> None:
+        if self._copies.running:
+            last = Job(lambda: torch.empty(0), [])
+            self._copies.submit(last)
+            last.completion.wait()
 
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
         def guarded() -> torch.Tensor:

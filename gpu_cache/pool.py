@@ -9,14 +9,16 @@ import numpy as np
 import torch
 
 from moebius.gpu_cache.counters import Counters
-from moebius.gpu_cache.device import Completion, Device, Launch
+from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
 
-# Waiting admissions and prefetches hold slots that serve nobody, so their number is bounded: 64 MiB keep a 25 GB/s link
-# busy for 2.7 ms, longer than a layer takes; two copies at least, so that one follows the other without a gap.
+# Copies that the device has got cannot be withdrawn, and demand waits for them, so there are few: 16 MiB keep a 25 GB/s
+# link busy for 0.7 ms, about a layer; two at least, so that one follows the other without a gap.
+FLYING_BYTES = 16 << 20
+FLYING_COPIES = 2
+# Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
-QUEUED_COPIES = 2
 
 
 @dataclass(slots=True)
@@ -25,12 +27,15 @@ class Upload:
 
     layer: int
     expert: int
-    completion: Completion
+    completion: Transfer
     awaited: bool = False  # by a launch, which reports a failure itself
 
 
 class Pool:
     """Slots for the experts of all layers of one record size.
+
+    Experts that nobody waits for are queued and get a slot when their copy is handed over to the device, so that until
+    then the slot serves the expert in it, and whoever lost his reason is withdrawn at no cost.
 
     Args:
         layers: the cache's numbers of these layers, by which `counters` are indexed; all else here counts from 0.
@@ -52,29 +57,24 @@ class Pool:
         self.nbytes: int = records[0].shape[1]
         self.table = SlotTable([len(layer) for layer in records], slots)
         self.memory: torch.Tensor = device.allocate(slots, self.nbytes)
+        self.sound = True  # false within a change of several parts, and after one that was interrupted; see `reset`
+        self.copy_times: list[float] = []  # microseconds, of the copies that completed since somebody took them
+        self._waiting: dict[int, Reason] = {}  # by key of the table, in order
         self._uploads: dict[int, Upload] = {}  # by slot
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
         self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
-        self._loading_limit = max(1, min(slots // 2, max(QUEUED_COPIES, QUEUED_BYTES // self.nbytes)))
+        half = max(1, slots // 2)
+        self._flying_limit = min(half, max(FLYING_COPIES, FLYING_BYTES // self.nbytes))
+        self._queued_limit = min(half, max(FLYING_COPIES, QUEUED_BYTES // self.nbytes))
 
     def collect(self) -> None:
-        """Publish the copies that have completed.
+        """Publish the copies that have completed, and hand over those that wait.
 
         Raises:
             RuntimeError: copies failed; their slots are free again.
         """
-        failed: list[Upload] = []
-        for slot in [slot for slot, upload in self._uploads.items() if upload.completion.done()]:
-            upload = self._uploads.pop(slot)
-            if upload.completion.error is None:
-                self.table.publish(slot)
-                continue
-            self._release(slot)
-            if not upload.awaited:
-                failed.append(upload)
-        if failed:
-            names = ", ".join(f"{upload.expert} of layer {self._layers[upload.layer]}" for upload in failed)
-            raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
+        self._report(self._reap())
+        self._hand_over()
 
     def claim(self, slots: np.ndarray) -> None:
         """Pin slots (int32 [n]) and count the prefetches among them as used."""
@@ -84,17 +84,36 @@ class Pool:
             self._counters.prefetch_used[self._layers[self.table.layer_and_expert(slot)[0]]] += 1
         self._unproven[proven] = False
 
-    def upload(self, layer: int, experts: np.ndarray, reason: Reason) -> np.ndarray:
-        """Begin copies of the experts (int32 [n]) that the policy gives a slot; their slots, -1 for the others."""
-        slots = np.full(len(experts), -1, np.int32)
-        room = len(experts) if reason is Reason.DEMAND else max(0, self._loading_limit - len(self._uploads))
-        wanted = np.flatnonzero(self.table.occupied(layer, experts) < 0)[:room]
-        if len(wanted):
-            slots[wanted] = self.policy.place(self.table, layer, experts[wanted], reason)
-        for i in wanted:
-            if slots[i] >= 0:
-                self._begin(int(slots[i]), layer, int(experts[i]), reason)
+    def demand(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """Begin copies of experts (int32 [n], in no slot) that somebody waits for; int32 [n], -1 where none is had."""
+        if not len(experts):
+            return np.empty(0, np.int32)
+        slots = self.policy.place(self.table, layer, experts, Reason.DEMAND)
+        for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
+            self._waiting.pop(int(self.table.base[layer]) + expert, None)
+            if slot >= 0:
+                self._begin(slot, layer, expert, Reason.DEMAND)
         return slots
+
+    def offer(self, layer: int, experts: np.ndarray, reason: Reason) -> int:
+        """Queue experts (int32 [n], the most wanted first) that the policy may give a slot, as far as the queue goes.
+
+        Returns:
+            How many of them are now under way or waiting, and were not before.
+        """
+        room = self._queued_limit - len(self._uploads) - len(self._waiting)
+        absent = self.table.occupied(layer, experts) < 0
+        keys = [key for key in self.table.keys(layer, experts[absent]).tolist() if key not in self._waiting]
+        queued = keys[: max(0, room)]
+        self._waiting |= dict.fromkeys(queued, reason)
+        self._hand_over()
+        return sum(key in self._waiting or bool(self.table.slot_of[key] >= 0) for key in queued)
+
+    def withdraw(self, layer: int) -> None:
+        """Give up the prefetches for a layer that have not begun."""
+        if self._waiting:
+            first, last = self.table.base[layer : layer + 2]
+            self._cancel([key for key in self._waiting if first <= key < last])
 
     def arrivals(self, slots: np.ndarray) -> list[Completion]:
         """Copies into `slots` that are still under way; the caller takes over the report of their failure."""
@@ -109,47 +128,117 @@ class Pool:
             self._readers[slot] = launch.completion
 
     def drain(self) -> None:
-        """Wait for all copies and publish them; raises like `collect`."""
-        for upload in list(self._uploads.values()):
-            upload.completion.wait()
-        self.collect()
+        """Wait for all copies, those that wait included, and publish them; raises like `collect`."""
+        failed: list[Upload] = []
+        while self._uploads or self._waiting:
+            for upload in list(self._uploads.values()):
+                upload.completion.wait()
+            failed += self._reap()
+            self._hand_over()
+        self._report(failed)
 
     def settle(self) -> None:
         """Wait for everything that reads or writes the memory, failures included."""
+        self._device.finish_copies()
         for under_way in [*(upload.completion for upload in self._uploads.values()), *self._readers]:
             if under_way is not None:
                 under_way.wait()
 
-    def empty(self) -> None:
-        """Forget all contents, after `settle`."""
+    def reset(self) -> None:
+        """Settle and forget all contents, pins included, in whatever state an interrupt has left them."""
+        self.sound = False
+        self.settle()
+        self._cancel(list(self._waiting))
+        for slot in np.flatnonzero(self._unproven & (self.table.key_of >= 0)).tolist():
+            self._count_waste(slot)
+        self._waiting.clear()
         self._uploads.clear()
-        for slot in range(self.table.slots):
-            self._release(slot)
+        self._unproven.fill(False)
+        self.table.clear()
+        self.sound = True
 
     def resident(self) -> np.ndarray:
         """Visible experts of each layer, int64 [L of the pool]."""
         return np.add.reduceat(self.table.visible >= 0, self.table.base[:-1], dtype=np.int64)
 
+    def _hand_over(self) -> None:
+        """Begin copies of what waits, prefetches first, while the device has few."""
+        while self._waiting and (room := self._flying_limit - len(self._uploads)) > 0:
+            layer, experts, reason = self._next(room)
+            slots = self.policy.place(self.table, layer, experts, reason)
+            for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
+                if slot >= 0:
+                    self._begin(slot, layer, expert, reason)
+
+    def _next(self, room: int) -> tuple[int, np.ndarray, Reason]:
+        """Take the foremost experts of one layer and reason, `room` at most, from the queue."""
+        urgent = (item for item in self._waiting.items() if item[1] is Reason.PREFETCH)
+        first, reason = next(urgent, None) or next(iter(self._waiting.items()))
+        layer = self.table.layer_of(first)
+        start, end = self.table.base[layer : layer + 2].tolist()
+        keys = [key for key, why in self._waiting.items() if why is reason and start <= key < end][:room]
+        for key in keys:
+            del self._waiting[key]
+        return layer, np.array(keys, np.int32) - np.int32(start), reason
+
+    def _cancel(self, keys: list[int]) -> None:
+        for key in keys:
+            if self._waiting[key] is Reason.PREFETCH:
+                del self._waiting[key]
+                self._counters.prefetch_cancelled[self._layers[self.table.layer_of(key)]] += 1
+
+    def _reap(self) -> list[Upload]:
+        """Publish what has completed; the uploads that failed without anybody who waits for them."""
+        done = {slot: upload for slot, upload in self._uploads.items() if upload.completion.done()}
+        if not done:
+            return []
+        self.sound = False
+        for slot, upload in done.items():
+            del self._uploads[slot]
+            if upload.completion.error is None:
+                self.table.publish(slot)
+                self._count_copy(upload)
+            else:
+                self._release(slot)
+        self.sound = True
+        return [upload for upload in done.values() if upload.completion.error is not None and not upload.awaited]
+
+    def _report(self, failed: list[Upload]) -> None:
+        if failed:
+            names = ", ".join(f"{upload.expert} of layer {self._layers[upload.layer]}" for upload in failed)
+            raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
+
     def _begin(self, slot: int, layer: int, expert: int, reason: Reason) -> None:
+        self.sound = False
         self._count_waste(slot)
         self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
         source = self._records[layer][expert]
         try:
             completion = self._device.copy(self.memory[slot], source, self._readers[slot], reason is Reason.DEMAND)
-        except BaseException:
+        except Exception:
             self.table.release(slot)
+            self.sound = True
             raise
         self._uploads[slot] = Upload(layer, expert, completion)
         self._unproven[slot] = reason is Reason.PREFETCH
-        number = self._layers[layer]
+        self._count_upload(self._layers[layer], reason)
+        self.sound = True
+
+    def _release(self, slot: int) -> None:
+        self._count_waste(slot)
+        self.table.release(slot)
+
+    def _count_upload(self, number: int, reason: Reason) -> None:
         self._counters.uploads[number] += 1
         self._counters.upload_bytes[number] += self.nbytes
         self._counters.prefetch_issued[number] += reason is Reason.PREFETCH
         self._counters.demand_fetches[number] += reason is Reason.DEMAND
 
-    def _release(self, slot: int) -> None:
-        self._count_waste(slot)
-        self.table.release(slot)
+    def _count_copy(self, upload: Upload) -> None:
+        took = upload.completion.elapsed_us()
+        self._counters.copies[self._layers[upload.layer]] += 1
+        self._counters.copy_us[self._layers[upload.layer]] += took
+        self.copy_times.append(took)
 
     def _count_waste(self, slot: int) -> None:
         if self._unproven[slot]:

@@ -60,11 +60,15 @@ class SlotTable:
         """Slots that may be overwritten, bool [S]: free ones, and ready ones that nobody has pinned."""
         return (self.state != State.LOADING) & (self.pins == 0)
 
+    def layer_of(self, key: int) -> int:
+        """The layer of an expert's key."""
+        return int(np.searchsorted(self.base, key, side="right")) - 1
+
     def layer_and_expert(self, slot: int) -> tuple[int, int]:
         """What occupies a slot."""
         key = int(self.key_of[slot])
         assert key >= 0, f"slot {slot} is free"
-        layer = int(np.searchsorted(self.base, key, side="right")) - 1
+        layer = self.layer_of(key)
         return layer, key - int(self.base[layer])
 
     def reserve(self, slot: int, layer: int, expert: int) -> None:
@@ -88,6 +92,13 @@ class SlotTable:
         if key >= 0:
             self.slot_of[key] = self.visible[key] = -1
         self.key_of[slot], self.state[slot] = -1, State.FREE
+
+    def clear(self) -> None:
+        """Make all slots free and nobody's, whatever the table says."""
+        for array in (self.slot_of, self.visible, self.key_of):
+            array.fill(-1)
+        self.state.fill(State.FREE)
+        self.pins.fill(0)
 
     def pin(self, slots: np.ndarray) -> None:
         """Protect distinct slots (integer [n]) from being overwritten until `unpin`; pins nest."""

@@ -5,23 +5,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 
-from moebius.gpu_cache.device import Completion, Launch
+from moebius.gpu_cache.device import Completion, Launch, Transfer
 
 
-class Signal(Completion):
+class Signal(Transfer):
     """Set by the thread when a job ends."""
 
     def __init__(self) -> None:
         self._ended = threading.Event()
         self._error: BaseException | None = None
+        self._seconds = 0.0
+        self.ended_at = 0.0  # `monotonic`, once it is done
 
-    def set(self, error: BaseException | None = None) -> None:
-        self._error = error
+    def set(self, error: BaseException | None = None, seconds: float = 0.0) -> None:
+        self._error, self._seconds, self.ended_at = error, seconds, monotonic()
         self._ended.set()
+
+    def elapsed_us(self) -> float:
+        return self._seconds * 1e6
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -41,22 +46,22 @@ class Job(Launch):
         self._work: Callable[[], torch.Tensor] | None = work
         self._after = after
         self._output: torch.Tensor | None = None
-        self._seconds = 0.0
         self.completion: Signal = Signal()
 
     def run(self) -> None:
         assert self._work is not None
         error: BaseException | None = None
+        seconds = 0.0
         try:
             for earlier in self._after:
                 earlier.wait()
             begun = perf_counter()
             self._output = self._work()
-            self._seconds = perf_counter() - begun
+            seconds = perf_counter() - begun
         except BaseException as raised:  # noqa: BLE001 (kept for whoever waits)
             error = raised
         self._work, self._after = None, ()  # the tensors they hold
-        self.completion.set(error)
+        self.completion.set(error, seconds)
 
     def result(self) -> torch.Tensor:
         self.completion.wait()
@@ -66,7 +71,7 @@ class Job(Launch):
         return self._output
 
     def elapsed_ms(self) -> float | None:
-        return self._seconds * 1e3 if self.completion.done() else None
+        return self.completion.elapsed_us() / 1e3 if self.completion.done() else None
 
 
 class _Queue:
@@ -99,12 +104,18 @@ class Worker:
     def submit(self, job: Job, first: bool = False) -> None:
         """Queue a job, before all others where `first` is set."""
         if self._queue is None:
-            self._queue = _Queue()
-            self._thread = threading.Thread(target=self._queue.serve, name=self._name, daemon=True)
-            self._thread.start()
+            queue = _Queue()
+            thread = threading.Thread(target=queue.serve, name=self._name, daemon=True)
+            thread.start()
+            self._queue, self._thread = queue, thread  # not before: an interrupt would leave a queue that nobody serves
         with self._queue.changed:
             (self._queue.jobs.appendleft if first else self._queue.jobs.append)(job)
             self._queue.changed.notify()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a thread."""
+        return self._queue is not None
 
     def pause(self, seconds: float) -> bool:
         """From within a job: wait without burning CPU; True if the worker is being closed."""

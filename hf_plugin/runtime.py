@@ -18,7 +18,7 @@ import torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
-from moebius.gpu_cache.device import Launch, open_device
+from moebius.gpu_cache.device import Launch, default_device, open_device
 from moebius.hf_plugin.calibration import calibrate
 from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.options import Options, parse_memory
@@ -242,7 +242,4 @@ def default_threads() -> int:
 
 def resolve_device(name: str) -> str:
     """The device that "auto" means here; others are returned as they are."""
-    if name != "auto":
-        return name
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if found is None else found.type
+    return default_device() if name == "auto" else name

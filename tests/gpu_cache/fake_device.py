@@ -6,17 +6,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moebius.gpu_cache.device import Completion, Device, Launch
+from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 
 
 class CopyError(Exception):
     """Injected."""
 
 
-class FakeCopy(Completion):
+class FakeCopy(Transfer):
     def __init__(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None) -> None:
         self._target, self._source, self._after = target, source, after
         self._done, self._error = False, None
+        self.took_us = 0.0  # what a test says
+
+    def elapsed_us(self) -> float:
+        assert self._done
+        assert self._error is None
+        return self.took_us
 
     @property
     def ready(self) -> bool:
@@ -46,8 +52,11 @@ class FakeCopy(Completion):
 
 
 class FakeComputation(Completion):
-    def __init__(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> None:
+    def __init__(
+        self, work: Callable[[], torch.Tensor], after: Sequence[Completion], before: FakeComputation | None
+    ) -> None:
         self._work, self.after = work, after
+        self._before = before  # computations run in order
         self.output: torch.Tensor | None = None
         self._error: BaseException | None = None
 
@@ -56,6 +65,7 @@ class FakeComputation(Completion):
         return all(upload.done() for upload in self.after)
 
     def end(self) -> None:
+        self._before = None
         failed = [upload.error for upload in self.after if upload.error]
         if failed:
             self._error = failed[0]
@@ -66,6 +76,8 @@ class FakeComputation(Completion):
         return self.output is not None or self._error is not None
 
     def wait(self) -> None:
+        if self._before is not None:
+            self._before.wait()
         for upload in self.after:
             upload.wait()
         if not self.done():
@@ -124,7 +136,7 @@ class FakeDevice(Device):
             raise RuntimeError("injected: out of memory")
         return torch.full((slots, nbytes), 255, dtype=torch.uint8)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Completion:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
         if self.refuse:
             raise CopyError("refused")
         copy = FakeCopy(target, source, after)
@@ -133,9 +145,14 @@ class FakeDevice(Device):
         self._copies = [*self.copies, copy]
         return copy
 
+    def finish_copies(self) -> None:
+        for copy in self.copies:
+            copy.wait()
+
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
-        computation = FakeComputation(work, after)
-        self._computations = [*self.computations, computation]
+        before = self.computations
+        computation = FakeComputation(work, after, before[-1] if before else None)
+        self._computations = [*before, computation]
         return FakeLaunch(computation)
 
     def pin(self, host: torch.Tensor) -> bool:

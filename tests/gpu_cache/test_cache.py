@@ -132,6 +132,108 @@ def test_queued_bytes_are_bounded(monkeypatch):
     assert cache.admit(0, np.arange(8, dtype=np.int32)) == 3
 
 
+@pytest.fixture
+def one_copy_at_a_time(monkeypatch):
+    monkeypatch.setattr(pool, "FLYING_BYTES", 0)
+    monkeypatch.setattr(pool, "FLYING_COPIES", 1)
+    monkeypatch.setattr(pool, "QUEUED_BYTES", 1 << 20)
+
+
+def prefetched(cache: ExpertCache) -> dict[str, int]:
+    names = ("issued", "used", "wasted", "cancelled")
+    return {name: int(getattr(cache.counters, f"prefetch_{name}").sum()) for name in names}
+
+
+def test_the_device_gets_few_copies_and_the_next_when_one_has_ended(one_copy_at_a_time):
+    """Copies on a stream cannot be withdrawn, and demand waits for them."""
+    cache, device = make_cache(8)
+    assert cache.prefetch(0, some(1, 2, 3)) == 3
+    assert len(device.copies) == 1
+    device.copies[0].end()
+    cache.lookup(1, some(0))
+    cache.finish(1)
+    assert len(device.copies) == 1
+    cache.drain()
+    assert cache.resident.tolist() == [3, 0]
+
+
+def test_prefetches_that_have_not_begun_are_withdrawn_when_their_layer_begins(one_copy_at_a_time):
+    """Late uploads, of experts that the router did not even choose, in front of those that are needed."""
+    cache, _ = make_cache(8)
+    cache.prefetch(0, some(1))
+    assert cache.prefetch(1, some(0, 1, 2)) == 3
+    cache.lookup(0, some(1))
+    assert prefetched(cache)["cancelled"] == 0, "another layer's"
+    cache.lookup(1, some(0))
+    assert prefetched(cache) == {"issued": 1, "used": 0, "wasted": 0, "cancelled": 3}
+    cache.finish(0)
+    cache.finish(1)
+    cache.drain()
+    assert cache.resident.tolist() == [1, 0]
+    assert cache.counters.prefetch_cancelled.tolist() == [0, 3]
+
+
+def test_a_prefetch_that_is_withdrawn_has_displaced_nobody(one_copy_at_a_time):
+    """A slot taken from an expert for the sake of one that never came."""
+    cache, _ = make_cache(4, experts=(4, 4), widths=(2, 2))
+    load(cache, 1, some(1))
+    load(cache, 1, some(2))
+    cache.prefetch(0, some(1))
+    cache.prefetch(1, some(3, 0))
+    assert (cache.lookup(1, some(1, 2)) >= 0).all()
+
+
+def test_demand_overtakes_what_waits(one_copy_at_a_time):
+    """An expert that is waited for behind a queue; or uploaded a second time when its turn comes."""
+    cache, device = make_cache(8)
+    cache.prefetch(1, some(0))
+    cache.used(0, some(1, 2), np.zeros(2, bool))
+    assert cache.admit(0, some(1, 2)) == 2
+    assert cache.fetch(0, some(2)).min() >= 0
+    assert len(device.copies) == 2
+    cache.drain()
+    assert cache.counters.uploads.tolist() == [2, 1]
+    assert cache.counters.demand_fetches.tolist() == [1, 0]
+
+
+def test_prefetches_go_before_admissions(one_copy_at_a_time):
+    """A prefetch is of use for a layer, an admission for a token."""
+    cache, device = make_cache(8)
+    cache.prefetch(1, some(0))
+    cache.used(0, some(1, 2), np.zeros(2, bool))
+    cache.admit(0, some(1, 2))
+    cache.prefetch(1, some(3))
+    device.copies[0].end()
+    cache.lookup(0, some(5))
+    assert cache._pools[0].table.occupied(1, some(3)).min() >= 0
+
+
+def test_resize_forgets_what_waits(one_copy_at_a_time):
+    cache, _ = make_cache(8)
+    cache.prefetch(0, some(1, 2, 3))
+    cache.resize(8 * NBYTES)
+    cache.drain()
+    assert cache.resident.sum() == 0
+    assert prefetched(cache) == {"issued": 1, "used": 0, "wasted": 1, "cancelled": 2}
+
+
+def test_times_of_copies_are_summed_and_handed_out_once():
+    """A failed copy has no duration, and one that is seen twice would count double."""
+    cache, device = make_cache()
+    cache.prefetch(0, some(1, 2))
+    for copy, took in zip(list(device.copies), (100.0, 50.0), strict=True):
+        copy.took_us = took
+        copy.end()
+    cache.prefetch(1, some(0))
+    device.copies[0].end(CopyError("injected"))
+    with pytest.raises(RuntimeError):
+        cache.drain()
+    assert sorted(cache.copy_times()) == [50.0, 100.0]
+    assert cache.copy_times() == []
+    assert cache.counters.copies.tolist() == [2, 0]
+    assert cache.counters.copy_us.tolist() == [150.0, 0.0]
+
+
 def test_a_failed_copy_frees_its_slot_and_is_reported_once():
     cache, device = make_cache(1, experts=(6,), widths=(2,))
     assert cache.prefetch(0, some(1)) == 1

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from moebius.gpu_cache.accelerator import AcceleratorDevice
-from moebius.gpu_cache.device import open_device
+from moebius.gpu_cache.device import default_device, open_device
 from moebius.gpu_cache.emulated import EmulatedDevice
 from moebius.gpu_cache.worker import Job, Worker
+from moebius.hf_plugin.runtime import resolve_device
 
 no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here")
 
@@ -42,6 +43,20 @@ def test_an_accelerator_without_streams_is_refused(monkeypatch):
         open_device("mps")
     with pytest.raises(RuntimeError, match="there are 1 mps devices"):
         open_device("mps:1")
+
+
+def test_the_default_is_an_accelerator_with_streams_or_the_cpu(monkeypatch):
+    """ "auto" on a Mac must not end in a refusal."""
+    for found, module, expected in (
+        (None, None, "cpu"),
+        (torch.device("mps"), SimpleNamespace(), "cpu"),
+        (torch.device("xpu"), SimpleNamespace(Stream=object), "xpu"),
+    ):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available, found=found: found)
+        monkeypatch.setattr(torch, "get_device_module", lambda device, module=module: module)
+        assert default_device() == expected
+        assert resolve_device("auto") == expected
+        assert resolve_device("mps") == "mps", "asked for by name it is refused, not replaced"
 
 
 def test_a_link_speed_is_for_the_emulated_device():
@@ -157,6 +172,31 @@ def test_the_link_takes_its_time(monkeypatch):
     assert pauses == [1.0, 0.75, 0.75]
 
 
+def test_copies_are_timed_where_they_run(monkeypatch):
+    """A duration that includes the wait for a reader, or leaves out the link."""
+    now = [0.0]
+    monkeypatch.setattr("moebius.gpu_cache.emulated.monotonic", lambda: now[0])
+    monkeypatch.setattr("moebius.gpu_cache.worker.monotonic", lambda: now[0])
+    monkeypatch.setattr("moebius.gpu_cache.worker.perf_counter", lambda: now[0])
+    device, gate = EmulatedDevice(link=1.0), threading.Event()
+
+    def pause(seconds: float) -> bool:
+        now[0] += seconds
+        return False
+
+    monkeypatch.setattr(device._copies, "pause", pause)
+    pool, host = device.allocate(1, 1000), records(2, 1000)
+    reader = device.compute(lambda: torch.tensor(gate.wait()), [])
+    copy = device.copy(pool[0], host[1], reader.completion, urgent=False)
+    now[0] = 5.0
+    gate.set()
+    device.finish_copies()
+    assert copy.done()
+    assert copy.elapsed_us() == pytest.approx(1.0)
+    device.close()
+    device.finish_copies()
+
+
 def test_an_idle_worker_keeps_no_tensor_alive():
     """The last job's tensors on a device whose memory is being given back."""
     worker, held = Worker("test"), SimpleNamespace(tensor=torch.ones(1))
@@ -252,12 +292,14 @@ def test_streams_wait_for_the_events_of_one_another(recorder):
     device.copy(pool[0], host[1], launch.completion, urgent=True)
     assert recorder.log == [
         "background records event0",
-        "main awaits event0",
-        "main records event2",
+        "background records event1",
+        "main awaits event1",
+        "main records event3",
         "work",
-        "main records event4",
-        "urgent awaits event4",
-        "urgent records event6",
+        "main records event5",
+        "urgent awaits event5",
+        "urgent records event7",
+        "urgent records event8",
     ]
 
 
