@@ -28,7 +28,8 @@ class Options:
             (4.5 bits) store them so in host memory and cache. A format that would change a weight needs
             `keep_original`, or `moebius.from_pretrained`, which reads the originals from the checkpoint.
         cpu_threads: threads of the CPU experts; None for the number of physical cores.
-        cache_policy: which expert deserves a slot ("lru").
+        cache_policy: which expert deserves a slot: "default" (learns expected uses while running), "ema_table", "ema",
+            "mrs", "lfu", "lru" or "static".
         predictor: what foresees the next layer's experts: "next_gate" or "none".
         prefetch: bring predicted experts into the cache before their layer runs.
         emulated_link: GB/s of the emulated device's link; None copies as fast as memory allows.
@@ -39,7 +40,7 @@ class Options:
     gpu_memory: int | float | str = "auto"
     expert_format: str = "native"
     cpu_threads: int | None = None
-    cache_policy: str = "lru"
+    cache_policy: str = "default"
     predictor: str = "next_gate"
     prefetch: bool = True
     emulated_link: float | None = None

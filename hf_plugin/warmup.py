@@ -11,6 +11,9 @@ import torch
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
+from moebius.gpu_cache.policy import Reason, make_policy
+from moebius.gpu_cache.slots import SlotTable
+from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import FLOATS, ExpertSpec, RecordLayout
 from moebius.kernels.routes import build_routes
 
@@ -18,14 +21,17 @@ _SIZE, _EXPERTS = 32, 2
 
 
 class Compiled(NamedTuple):
-    """One format's kernels, and what the first call with them took."""
+    """Kernels of an expert format, or of the cache policy, and what the first call with them took."""
 
-    format: str
+    kernels: str
     seconds: float
 
 
 def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> Iterator[Compiled]:
-    """Run a tiny layer in each format, at one token and at several; compiles what is not in the cache yet."""
+    """Run a tiny layer in each format, at one token and at several, and a step of the cache policy.
+
+    This compiles what is not in the cache folder yet.
+    """
     spec = ExpertSpec(_SIZE, _SIZE)
     executor = CpuExecutor(1)
     try:
@@ -40,5 +46,15 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
                 x = torch.zeros(tokens, _SIZE, dtype=FLOATS.get(format, torch.float32))
                 executor.run(store, x, routes, torch.zeros(tokens, _SIZE))
             yield Compiled(format, perf_counter() - begun)
+        begun = perf_counter()
+        _use_policy()
+        yield Compiled("cache", perf_counter() - begun)
     finally:
         executor.close()
+
+
+def _use_policy() -> None:
+    """One step of the default cache policy."""
+    policy, experts = make_policy(Options().cache_policy, [_EXPERTS]), np.arange(1, dtype=np.int32)
+    policy.used(0, experts, np.zeros(1, bool))
+    policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)

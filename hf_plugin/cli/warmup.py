@@ -27,7 +27,7 @@ def warmup(
         print_json([row._asdict() for row in rows])
         return
     for row in rows:
-        out.print(f"{row.format:>6}  {row.seconds:6.1f} s", highlight=False)
+        out.print(f"{row.kernels:>6}  {row.seconds:6.1f} s", highlight=False)
 
 
 def _native(model: str) -> str:

@@ -203,8 +203,8 @@ def test_weights_are_compared_bit_by_bit() -> None:
 
 def test_warmup_compiles_every_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One row a format; a model's own format alone where a model is named."""
-    assert [row["format"] for row in json.loads(invoke("warmup", "--json").stdout)] == list(FORMATS)
-    assert [row["format"] for row in json.loads(invoke("warmup", TINY, "--json").stdout)] == ["bf16"]
+    assert [row["kernels"] for row in json.loads(invoke("warmup", "--json").stdout)] == [*FORMATS, "cache"]
+    assert [row["kernels"] for row in json.loads(invoke("warmup", TINY, "--json").stdout)] == ["bf16", "cache"]
     assert "unknown" in str(invoke("warmup", "--format", "int3").exception)
 
 

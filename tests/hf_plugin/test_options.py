@@ -90,7 +90,7 @@ def test_options_reach_the_model() -> None:
         runtime = vars(helpers.experts_modules(model)[0])["_moebius"].runtime
         assert runtime.options == Options(**given)
         assert runtime.executor.threads == 2
-    assert (stats.device, stats.policy, stats.predictor, stats.slots) == ("emulated", "lru", "none", 8)
+    assert (stats.device, stats.policy, stats.predictor, stats.slots) == ("emulated", "default", "none", 8)
 
 
 def test_auto_is_a_device_that_is_there() -> None:

@@ -251,9 +251,6 @@ def test_moving_to_where_it_is(options: dict[str, Any]) -> None:
         assert_same_weights(model, before)
         assert_close(logits(model, ids), want)
     assert_same_weights(model, before)
-        assert_same_weights(model, before)
-        assert_close(logits(model, ids), want)
-    assert_same_weights(model, before)
 
 
 def test_tied_experts_convert_together() -> None:

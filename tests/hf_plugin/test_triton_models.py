@@ -37,7 +37,8 @@ with torch.no_grad():
     moebius.patch(model, device="emulated", gpu_memory=1.0)
     errors = [float((model(input_ids=ids).logits - stock).abs().max() / stock.abs().max()) for _ in range(2)]
     same = bool((model.generate(ids, **options) == text).all())
-print(json.dumps({"errors": errors, "same": same, "launches": launches, "hits": moebius.stats(model).to_dict()["hits"]}))
+hits = moebius.stats(model).to_dict()["hits"]
+print(json.dumps({"errors": errors, "same": same, "launches": launches, "hits": hits}))
 """
 
 

@@ -1,0 +1,99 @@
+"""The cost model that the dispatcher splits by: kept current by copies and launches, and shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moebius
+from moebius.gpu_cache.cache import ExpertCache
+from moebius.hf_plugin.dispatcher import Launched, Tier
+from moebius.predictors.costs import CostModel, ExpertCost
+from tests import zoo
+from tests.gpu_cache.fake_device import FakeDevice
+from tests.gpu_cache.layers import make_layers, some
+from tests.hf_plugin import helpers
+
+
+def make_tier(upload_us: float = 100.0) -> tuple[Tier, FakeDevice]:
+    device, layers = FakeDevice(), make_layers()
+    cache = ExpertCache(device, layers, 8 * layers[0].layout.nbytes)
+    costs = CostModel(ExpertCost(30.0, 1.0), ExpertCost(10.0, 0.1), upload_us)
+    return Tier(cache, torch.device("cpu"), costs), device
+
+
+def upload(tier: Tier, device: FakeDevice, took_us: float) -> None:
+    tier.cache.resize(8 * make_layers()[0].layout.nbytes)
+    tier.cache.prefetch(0, some(0, 1))
+    for copy in list(device.copies):
+        copy.took_us = took_us
+        copy.end()
+    tier.cache.drain()
+    tier.observe_copies()
+
+
+def test_the_upload_cost_follows_a_link_whose_speed_changes():
+    """A split by the speed that the link had when the model was patched."""
+    tier, device = make_tier(100.0)
+    for speed in (400.0, 50.0):
+        for _ in range(60):
+            upload(tier, device, speed)
+        assert tier.costs.upload_us == pytest.approx(speed, rel=0.02)
+
+
+def test_a_slower_link_changes_the_split():
+    misses, hits = np.array([1, 1, 1, 1]), np.array([1])
+    tier, device = make_tier(10.0)
+    assert tier.costs.fetch(misses, hits).any()
+    for _ in range(60):
+        upload(tier, device, 1000.0)
+    assert not tier.costs.fetch(misses, hits).any()
+
+
+class EndedLaunch:
+    def __init__(self, took_ms: float | None) -> None:
+        self.took_ms = took_ms
+
+    def elapsed_ms(self) -> float | None:
+        return self.took_ms
+
+
+def _runtime(model: Any) -> Any:
+    [layer, *_] = helpers.experts_modules(model)
+    return vars(layer)["_moebius"].runtime
+
+
+def test_launch_times_refine_the_gpu_cost():
+    """A launch whose time is added to the counters but teaches nothing, or is counted before it has ended."""
+    model = zoo.build("qwen3_moe")
+    with helpers.patched(model, **helpers.EMULATED):
+        helpers.greedy(model, helpers.prompt(model, 1))
+        runtime = _runtime(model)
+        tier, tokens = runtime.tier, np.array([2, 1])
+        tier.costs.gpu = ExpertCost(10.0, 1.0)
+        for _ in range(100):
+            tier.launches[0] = Launched(EndedLaunch(0.230), tokens)
+            runtime.count_launch(0)
+        assert float(tier.costs.gpu.of(tokens).sum()) == pytest.approx(230.0, rel=0.02)
+        tier.launches[0] = Launched(EndedLaunch(None), tokens)
+        runtime.count_launch(0)
+        assert 0 in tier.launches
+        tier.launches.clear()
+
+
+def test_costs_are_shown():
+    """Numbers that decide where experts run, and that nobody can see; real copies that are not timed."""
+    model = zoo.build("qwen3_moe")
+    with helpers.patched(model, **helpers.EMULATED | {"emulated_link": 0.1}):
+        helpers.greedy(model, helpers.prompt(model, 1))
+        _runtime(model).tier.cache.drain()
+        stats = moebius.stats(model).to_dict()
+    assert stats["costs"].keys() == {"upload_us", "cpu_us", "cpu_token_us", "gpu_us", "gpu_token_us"}
+    assert all(value >= 0 for value in stats["costs"].values())
+    assert 0 < stats["copies"] <= stats["uploads"]
+    assert stats["copy_us"] > 0
+    with helpers.patched(model, device="cpu"):
+        assert moebius.stats(model).to_dict()["costs"] == {}
