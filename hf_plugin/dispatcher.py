@@ -27,6 +27,13 @@ class Predictions(threading.local):
         self.of_layer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
 
+class Launched(NamedTuple):
+    """A launch whose time is not counted yet."""
+
+    launch: Launch
+    tokens: np.ndarray  # of each of its experts, int32 [A]
+
+
 @dataclass(slots=True)
 class Tier:
     """The GPU side of a model: its cache, where that is, and what experts cost there and on the CPU."""
@@ -34,8 +41,13 @@ class Tier:
     cache: ExpertCache
     device: torch.device
     costs: CostModel
-    launches: dict[int, Launch] = field(default_factory=dict)  # of each layer the last, until its time is counted
+    launches: dict[int, Launched] = field(default_factory=dict)  # of each layer the last, until its time is counted
     predictions: Predictions = field(default_factory=Predictions)
+
+    def observe_copies(self) -> None:
+        """Let the cost of an upload follow the link, by the copies that have completed meanwhile."""
+        for took_us in self.cache.copy_times():
+            self.costs.observe_upload(took_us)
 
 
 class Step(NamedTuple):
@@ -107,13 +119,15 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
             rest = select(routes, ~resident)
             took = _on_cpu(runtime, layer, step, rest, out)
             tier.costs.cpu.observe(rest.counts, took * 1e6)
-        merged = (
-            out.to(step.x.device, step.x.dtype) if launch is None else _merge(runtime, tier, index, launch, out, step.x)
-        )
+        if launch is None:
+            merged = out.to(step.x.device, step.x.dtype)
+        else:
+            merged = _merge(runtime, tier, index, Launched(launch, pairs[resident]), out, step.x)
     finally:
         cache.finish(index)
     cache.used(index, routes.experts, hit)
     cache.admit(index, routes.experts[~resident])
+    tier.observe_copies()
     return merged
 
 
@@ -137,13 +151,13 @@ def _fetch(tier: Tier, index: int, routes: Routes, slots: np.ndarray) -> None:
 
 
 def _merge(
-    runtime: ModelRuntime, tier: Tier, index: int, launch: Launch, out: torch.Tensor, x: torch.Tensor
+    runtime: ModelRuntime, tier: Tier, index: int, launched: Launched, out: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     begun = perf_counter()
-    on_device = launch.result()
+    on_device = launched.launch.result()
     runtime.counters[index].wait_ms += (perf_counter() - begun) * 1e3
     runtime.count_launch(index)
-    tier.launches[index] = launch
+    tier.launches[index] = launched
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 

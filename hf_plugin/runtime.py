@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -18,7 +18,7 @@ import torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
-from moebius.gpu_cache.device import Launch, default_device, open_device
+from moebius.gpu_cache.device import default_device, open_device
 from moebius.hf_plugin.calibration import calibrate
 from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.options import Options, parse_memory
@@ -197,6 +197,7 @@ class ModelRuntime:
                 sum({s.records.data_ptr(): s.nbytes for s in self.stores}.values()),
                 [self._layer_stats(i) for i in range(len(self._names))],
                 self._notes(),
+                {} if self.tier is None else self.tier.costs.to_dict(),
             )
 
     def _layer_stats(self, index: int) -> LayerStats:
@@ -211,8 +212,7 @@ class ModelRuntime:
         }
         if self.tier is not None:
             counters = self.tier.cache.counters
-            names = ("uploads", "upload_bytes", "demand_fetches", "prefetch_issued", "prefetch_used", "prefetch_wasted")
-            values |= {name: int(getattr(counters, name)[index]) for name in names}
+            values |= {f.name: getattr(counters, f.name)[index].item() for f in fields(counters)}
         return LayerStats(**values)
 
     def _notes(self) -> list[str]:
@@ -222,11 +222,15 @@ class ModelRuntime:
         return [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
 
     def count_launch(self, index: int) -> None:
-        """Add the device time of the layer's last launch, once it is known."""
-        launches: dict[int, Launch] = {} if self.tier is None else self.tier.launches
-        if index in launches and (took := launches[index].elapsed_ms()) is not None:
+        """Add the device time of the layer's last launch, once it is known, and refine the cost of experts there."""
+        tier = self.tier
+        if tier is None or index not in tier.launches:
+            return
+        launch, tokens = tier.launches[index]
+        if (took := launch.elapsed_ms()) is not None:
             self.counters[index].gpu_ms += took
-            del launches[index]
+            tier.costs.gpu.observe(tokens, took * 1e3)
+            del tier.launches[index]
 
 
 def _gate_of(layers: list[ref[PatchedLayer]], index: int) -> Gate | None:

@@ -31,6 +31,9 @@ class LayerStats:
     prefetch_issued: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0  # withdrawn before their copy began, and not among the issued
+    copies: int = 0  # uploads that have completed
+    copy_us: float = 0.0  # microseconds that these were on the link
     predicted: int = 0  # experts foreseen, distinct in a step
     predicted_right: int = 0  # of these, used
     predicted_of: int = 0  # experts used in steps with a prediction
@@ -81,6 +84,7 @@ class Stats:
         expert_bytes: bytes of all experts in host memory.
         layers: counters of each layer.
         notes: what a reader should know: fallbacks, layers without prediction, each with its reason.
+        costs: what the dispatcher now reckons with, in microseconds (see `CostModel.to_dict`); empty without a cache.
     """
 
     device: str
@@ -91,6 +95,7 @@ class Stats:
     expert_bytes: int
     layers: list[LayerStats]
     notes: list[str] = field(default_factory=list)
+    costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def sums(self) -> LayerStats:
@@ -100,7 +105,7 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """Sums at the top, then `layers`: the same counters for each layer, and what the table's title says."""
         facts = {name: getattr(self, name) for name in ("device", "policy", "predictor", "slots", "cache_bytes")}
-        facts |= {"expert_bytes": self.expert_bytes, "notes": list(self.notes)}
+        facts |= {"expert_bytes": self.expert_bytes, "notes": list(self.notes), "costs": dict(self.costs)}
         rows = [{"name": layer.name, **_counters(layer)} for layer in self.layers]
         # every layer sees every token, so that the sum over layers would count each of them many times
         return {**_counters(self.sums), "tokens": max((r["tokens"] for r in rows), default=0), **facts, "layers": rows}

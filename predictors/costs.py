@@ -72,6 +72,13 @@ class CostModel:
         chosen[order[:best]] = True
         return chosen
 
+    def to_dict(self) -> dict[str, float]:
+        """Microseconds of an upload, and for each processor of an expert on one token and of each further token."""
+        experts = {"cpu": self.cpu, "gpu": self.gpu}
+        first = {f"{name}_us": float(cost.of(np.ones(1))[0]) for name, cost in experts.items()}
+        further = {f"{name}_token_us": cost.token_us * cost.factor for name, cost in experts.items()}
+        return {"upload_us": self.upload_us} | first | further
+
     def observe_upload(self, took_us: float) -> None:
         """One expert's copy took `took_us`."""
         self.upload_us += _MEMORY * (took_us - self.upload_us)
