@@ -8,6 +8,7 @@ uint16 for bf16, int16 for fp16 (Numba has neither on the CPU, so they travel as
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ def _memory_type(witness: types.Type) -> ir.Type:
     return {types.float32: _F32, types.uint16: _I16, types.int16: _I16}[witness]  # type: ignore[index]
 
 
+def widened(builder: ir.IRBuilder, load: Callable[[ir.Type], ir.Value], witness: types.Type) -> ir.Value:
+    """What `load` reads as elements of the type that LLVM has for the witness, as fp32."""
+    return _widen(builder, load(_memory_type(witness)), witness)
+
+
 def _widen(builder: ir.IRBuilder, value: ir.Value, witness: types.Type) -> ir.Value:
     """Sixteen stored elements to fp32, exactly."""
     if witness == types.uint16:  # bf16 is the upper half of fp32
@@ -62,11 +68,14 @@ def load(typingctx, address, witness):  # type: ignore[no-untyped-def]
     """Sixteen consecutive elements at `address`, as fp32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        memory = _memory_type(witness)
-        pointer = builder.inttoptr(args[0], ir.VectorType(memory, LANES).as_pointer())
-        return _widen(builder, builder.load(pointer, align=memory_size(memory)), witness)
+        return widened(builder, lambda memory: read(builder, args[0], memory, LANES), witness)
 
     return f32x16(types.int64, witness), codegen
+
+
+def read(builder: ir.IRBuilder, address: ir.Value, memory: ir.Type, lanes: int) -> ir.Value:
+    pointer = builder.inttoptr(address, ir.VectorType(memory, lanes).as_pointer())
+    return builder.load(pointer, align=memory_size(memory))
 
 
 @intrinsic
@@ -74,26 +83,28 @@ def load_first(typingctx, address, count, witness):  # type: ignore[no-untyped-d
     """The first `count` (1..15) elements at `address` as fp32, zeros in the other lanes; reads no byte beyond."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        memory = _memory_type(witness)
-        vector = ir.VectorType(memory, LANES)
-        pointer = builder.inttoptr(args[0], vector.as_pointer())
-        name = f"llvm.masked.load.v16{ {_F32: 'f32', _I16: 'i16'}[memory] }.p0"
-        kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, LANES), vector])
-        masked = cgutils.get_or_insert_function(builder.module, kind, name)
-        mask = _first(builder, args[1])
-        loaded = builder.call(
-            masked, [pointer, ir.Constant(_I32, memory_size(memory)), mask, ir.Constant(vector, None)]
-        )
-        return _widen(builder, loaded, witness)
+        return widened(builder, lambda memory: read_first(builder, args[0], args[1], memory, LANES), witness)
 
     return f32x16(types.int64, types.int64, witness), codegen
 
 
-def _first(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+def read_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value, memory: ir.Type, lanes: int) -> ir.Value:
+    """A masked load: `count` elements, then zeros."""
+    vector = ir.VectorType(memory, lanes)
+    pointer = builder.inttoptr(address, vector.as_pointer())
+    name = f"llvm.masked.load.v{lanes}{ {_F32: 'f32', _I16: 'i16'}[memory] }.p0"
+    kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, lanes), vector])
+    masked = cgutils.get_or_insert_function(builder.module, kind, name)
+    mask = _first(builder, count, lanes)
+    return builder.call(masked, [pointer, ir.Constant(_I32, memory_size(memory)), mask, ir.Constant(vector, None)])
+
+
+def _first(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     """Mask of the first `count` lanes."""
-    lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-    single = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), builder.trunc(count, _I32), _I32(0))
-    return builder.icmp_signed("<", lanes, builder.shuffle_vector(single, single, _lanes(0, _I32)))
+    numbers = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
+    single = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), builder.trunc(count, _I32), _I32(0))
+    every = builder.shuffle_vector(single, single, ir.Constant(numbers.type, [0] * lanes))
+    return builder.icmp_signed("<", numbers, every)
 
 
 def memory_size(element: ir.Type) -> int:
@@ -127,11 +138,12 @@ def add(typingctx, a, b):  # type: ignore[no-untyped-def]
 def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
     """a * b + c, fused where the processor can (llvm.fma would call a slow library function elsewhere)."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(_V32, [_V32] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32"), args)
+    return f32x16(f32x16, f32x16, f32x16), lambda context, builder, signature, args: emit_fma(builder, *args)
 
-    return f32x16(f32x16, f32x16, f32x16), codegen
+
+def emit_fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(_V32, [_V32] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32"), [a, b, c])
 
 
 @intrinsic
@@ -150,6 +162,42 @@ def total(typingctx, value):  # type: ignore[no-untyped-def]
         return builder.extract_element(value, _I32(0))
 
     return types.float32(f32x16), codegen
+
+
+@intrinsic
+def totals(typingctx, vectors):  # type: ignore[no-untyped-def]
+    """The `total` of each of sixteen vectors, in the same order of summation, one per lane."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        values, width = cgutils.unpack_tuple(builder, args[0]), LANES
+        while width > 1:
+            width //= 2
+            first = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+            second = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+            pick = [ir.Constant(ir.VectorType(_I32, LANES), lanes) for lanes in (first, second)]
+            half = len(values) // 2
+            values = [
+                builder.fadd(*(builder.shuffle_vector(a, b, lanes) for lanes in pick))
+                for a, b in zip(values[:half], values[half:], strict=True)
+            ]
+        return values[0]
+
+    return f32x16(types.UniTuple(f32x16, LANES)), codegen
+
+
+@intrinsic
+def store_fours(typingctx, address, pitch, value):  # type: ignore[no-untyped-def]
+    """Write lanes 0..3 to `address`, 4..7 `pitch` bytes further, and so on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        for four in range(4):
+            place = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, four)))
+            pick = ir.Constant(ir.VectorType(_I32, 4), list(range(4 * four, 4 * four + 4)))
+            value = builder.shuffle_vector(args[2], args[2], pick)
+            builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, f32x16), codegen
 
 
 @intrinsic

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.numba.jit import helper
+from moebius.kernels.numba.bfloats import accumulate, take, take_first, width_of
+from moebius.kernels.numba.jit import helper, inner
 from moebius.kernels.numba.memory import size_of
-from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, prefetch, total, zeros
+from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, prefetch, total, totals, zeros
 
 _F32 = np.float32(0)
 _LINE = 64  # bytes of a cache line
@@ -47,7 +48,7 @@ def dot1x1(w, x, n, ahead, element):  # type: ignore[no-untyped-def]
     return total(add(add(a0, a1), add(a2, a3)))
 
 
-@helper
+@inner
 def _step2x4(a, w0, w1, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     a00, a01, a02, a03, a10, a11, a12, a13 = a
     a00, a01, a02, a03 = fma(w0, x0, a00), fma(w0, x1, a01), fma(w0, x2, a02), fma(w0, x3, a03)
@@ -78,41 +79,64 @@ def dot2x4(w0, w1, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-untype
     return total(b00), total(b01), total(b02), total(b03), total(b10), total(b11), total(b12), total(b13)
 
 
-@helper
+@inner
 def _step4x4(a, w0, w1, w2, w3, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
     a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33 = a
-    a00, a01, a02, a03 = fma(w0, x0, a00), fma(w0, x1, a01), fma(w0, x2, a02), fma(w0, x3, a03)
-    a10, a11, a12, a13 = fma(w1, x0, a10), fma(w1, x1, a11), fma(w1, x2, a12), fma(w1, x3, a13)
-    a20, a21, a22, a23 = fma(w2, x0, a20), fma(w2, x1, a21), fma(w2, x2, a22), fma(w2, x3, a23)
-    a30, a31, a32, a33 = fma(w3, x0, a30), fma(w3, x1, a31), fma(w3, x2, a32), fma(w3, x3, a33)
+    a00, a10, a20, a30 = (
+        accumulate(w0, x0, a00),
+        accumulate(w1, x0, a10),
+        accumulate(w2, x0, a20),
+        accumulate(w3, x0, a30),
+    )
+    a01, a11, a21, a31 = (
+        accumulate(w0, x1, a01),
+        accumulate(w1, x1, a11),
+        accumulate(w2, x1, a21),
+        accumulate(w3, x1, a31),
+    )
+    a02, a12, a22, a32 = (
+        accumulate(w0, x2, a02),
+        accumulate(w1, x2, a12),
+        accumulate(w2, x2, a22),
+        accumulate(w3, x2, a32),
+    )
+    a03, a13, a23, a33 = (
+        accumulate(w0, x3, a03),
+        accumulate(w1, x3, a13),
+        accumulate(w2, x3, a23),
+        accumulate(w3, x3, a33),
+    )
     return a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33
 
 
 @helper
-def dot4x4(w0, w1, w2, w3, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-untyped-def]
-    """Four rows, four vectors: eight loads for sixteen fma, bound by arithmetic. Result 4 * i + j as in `dot2x4`."""
-    size, z = size_of(element), zeros()
+def dot4x4(w0, w1, w2, w3, x0, x1, x2, x3, n, ahead, element, vector):  # type: ignore[no-untyped-def]
+    """Four rows, four vectors: eight loads for sixteen products, bound by arithmetic.
+
+    `vector` is the type of the vectors, fp32 or bf16 (then `element` is bf16 too: 171 against 88 products per ns on a
+    Zen 5 core). Lane 4 * j + i is row i times vector j.
+    """
+    size, x_size, width, z = size_of(element), size_of(vector), width_of(vector), zeros()
     a = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
-    whole = n - n % LANES
-    for k in range(0, whole, LANES):
-        _prefetch(ahead + 4 * size * k, 4 * size * LANES)
+    whole = n - n % width
+    for k in range(0, whole, width):
+        _prefetch(ahead + 4 * size * k, 4 * size * width)
+        v, y = size * k, x_size * k
         a = _step4x4(
             a,
-            load(w0 + size * k, element), load(w1 + size * k, element),
-            load(w2 + size * k, element), load(w3 + size * k, element),
-            load(x0 + 4 * k, _F32), load(x1 + 4 * k, _F32), load(x2 + 4 * k, _F32), load(x3 + 4 * k, _F32),
+            take(w0 + v, element, vector), take(w1 + v, element, vector),
+            take(w2 + v, element, vector), take(w3 + v, element, vector),
+            take(x0 + y, vector, vector), take(x1 + y, vector, vector),
+            take(x2 + y, vector, vector), take(x3 + y, vector, vector),
         )  # fmt: skip
     if whole < n:
-        k, rest = whole, n - whole
+        v, y, rest = size * whole, x_size * whole, n - whole
         a = _step4x4(
             a,
-            load_first(w0 + size * k, rest, element), load_first(w1 + size * k, rest, element),
-            load_first(w2 + size * k, rest, element), load_first(w3 + size * k, rest, element),
-            load_first(x0 + 4 * k, rest, _F32), load_first(x1 + 4 * k, rest, _F32),
-            load_first(x2 + 4 * k, rest, _F32), load_first(x3 + 4 * k, rest, _F32),
+            take_first(w0 + v, rest, element, vector), take_first(w1 + v, rest, element, vector),
+            take_first(w2 + v, rest, element, vector), take_first(w3 + v, rest, element, vector),
+            take_first(x0 + y, rest, vector, vector), take_first(x1 + y, rest, vector, vector),
+            take_first(x2 + y, rest, vector, vector), take_first(x3 + y, rest, vector, vector),
         )  # fmt: skip
-    b00, b01, b02, b03, b10, b11, b12, b13, b20, b21, b22, b23, b30, b31, b32, b33 = a
-    return (
-        total(b00), total(b01), total(b02), total(b03), total(b10), total(b11), total(b12), total(b13),
-        total(b20), total(b21), total(b22), total(b23), total(b30), total(b31), total(b32), total(b33),
-    )  # fmt: skip
+    a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33 = a
+    return totals((a00, a10, a20, a30, a01, a11, a21, a31, a02, a12, a22, a32, a03, a13, a23, a33))

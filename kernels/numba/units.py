@@ -104,6 +104,13 @@ def input_of(job, pair):  # type: ignore[no-untyped-def]
 
 
 @helper
+def source_of(job, pair):  # type: ignore[no-untyped-def]
+    """Address of the caller's own input of a pair's token, in bf16."""
+    n = word(word(job, words.LAYER), words.HIDDEN)
+    return word(job, words.SOURCE) + 2 * n * entry_of(word(job, words.TOKENS), pair)
+
+
+@helper
 def inner_of(job, pair):  # type: ignore[no-untyped-def]
     """Address of a pair's activated intermediate."""
     return word(job, words.INNER) + pair * word(job, words.INNER_BYTES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,15 +58,26 @@ def expected_quantized(
     A code of the intermediate that lies between two numbers may be rounded to either, so results differ by up to
     1 / limit of that size.
     """
-    spec, limit = store.spec, {"int8": 127 * 256, "int4": 127}[store.layout.format]
-    result, size = out.double(), torch.zeros(out.shape, dtype=torch.float64)
+    limit = {"int8": 127 * 256, "int4": 127}[store.layout.format]
+    return _sum_up(store, x, routes, out, lambda values: round_to_groups(values, limit))
+
+
+def size_of_sums(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """Sums of the magnitudes of everything that is added to an output [T, H], in float64."""
+    return _sum_up(store, x, routes, torch.zeros(x.shape), torch.Tensor.double)[1]
+
+
+def _sum_up(
+    store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor, rounded: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spec, result, size = store.spec, out.double(), torch.zeros(out.shape, dtype=torch.float64)
     for i, expert in enumerate(routes.experts):
         pairs = slice(int(routes.offsets[i]), int(routes.offsets[i + 1]))
         tokens, scale = torch.from_numpy(routes.tokens[pairs]).long(), torch.from_numpy(routes.weights[pairs])[:, None]
         w = ExpertWeights(*(None if part is None else part.double() for part in store.weights(int(expert))))
-        inputs = round_to_groups(x[tokens], limit)
+        inputs = rounded(x[tokens])
         gate = None if w.gate is None else F.linear(inputs, w.gate, w.gate_bias)
-        inner = round_to_groups(reference.gate_up(spec, gate, F.linear(inputs, w.up, w.up_bias)), limit)
+        inner = rounded(reference.gate_up(spec, gate, F.linear(inputs, w.up, w.up_bias)))
         result.index_add_(0, tokens, scale * F.linear(inner, w.down, w.down_bias))
         size.index_add_(0, tokens, scale.abs() * F.linear(inner.abs(), w.down.abs()))
     return result, size
