@@ -77,7 +77,18 @@ class Entry:
         return int(self.compiled.address)
 
     def __call__(self, *args: Any) -> Any:
-        return self.compiled(*args)
+        try:
+            return self.compiled(*args)
+        except SystemError as error:
+            if _interrupted(error):  # Ctrl-C fell into Numba's conversion of the result
+                raise KeyboardInterrupt from error
+            raise
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def entry(signature: str, *, callback: bool = False) -> Callable[[Callable[..., Any]], Entry]:

@@ -219,14 +219,6 @@ def test_interrupted_anywhere_the_model_stays_usable(target: Any, name: str, cal
     helpers.assert_same_weights(model, state)
 
 
-def _types_of_causes(error: BaseException | None) -> list[type]:
-    types = []
-    while error is not None:
-        types.append(type(error))
-        error = error.__cause__
-    return types
-
-
 @threaded
 def test_ctrl_c_during_generate(options: dict[str, Any]) -> None:
     """Catches a signal that is lost in compiled code or a worker thread, or that leaves the model unusable."""
@@ -250,11 +242,9 @@ def test_ctrl_c_during_generate(options: dict[str, Any]) -> None:
             started.clear()
             killer = threading.Thread(target=interrupt)
             killer.start()
-            # an interrupt that falls into Numba's conversion of a result comes as the cause of a SystemError
-            with pytest.raises((KeyboardInterrupt, SystemError)) as caught:
+            with pytest.raises(KeyboardInterrupt):
                 model.generate(ids[:1], **(helpers.EIGHT | {"max_new_tokens": 100_000}), streamer=Announce())
             killer.join()
-            assert KeyboardInterrupt in _types_of_causes(caught.value)
             assert greedy(model, ids) == want
     helpers.assert_same_weights(model, before)
 

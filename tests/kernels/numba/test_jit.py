@@ -83,3 +83,19 @@ def test_key_depends_on_every_source_and_on_the_processor(monkeypatch: pytest.Mo
     codegen = type(jit.cpu_target.target_context.codegen())
     monkeypatch.setattr(codegen, "magic_tuple", lambda self: ("another", "cpu", "+sse2"))
     assert jit.source_key() != key
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt, ValueError])
+def test_an_interrupt_stays_an_interrupt(cause: type[BaseException]) -> None:
+    """Ctrl-C in the conversion of a result comes out of Numba as a SystemError, which callers take for a crash."""
+
+    def interrupted() -> None:
+        try:
+            raise cause
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    entry = jit.Entry(interrupted, "void()", callback=False)
+    entry.__dict__["compiled"] = interrupted
+    with pytest.raises(KeyboardInterrupt if cause is KeyboardInterrupt else SystemError):
+        entry()
