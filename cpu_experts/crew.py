@@ -7,6 +7,7 @@ import platform
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,31 +16,27 @@ from moebius.kernels.numba.memory import FUTEX
 
 
 class ResidentCrew:
-    """Workers that stay in compiled code between jobs and sleep on a futex when idle (Linux).
+    """Workers that stay in compiled code between jobs and sleep on a futex when idle (Linux)."""
 
-    Args:
-        workers: threads beside the caller, started at the first job.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self) -> None:
         self._finalizer: weakref.finalize | None = None
         self._renew()
         _crews.add(self)
 
-    def run(self, function: int, job: int) -> None:
-        """Work on a job with the workers; one call at a time.
+    def run(self, function: int, job: int, workers: int) -> None:
+        """Work on a job with workers, which are started when they are needed first; one call at a time.
 
         Args:
             function: address of the C function ``void f(int64 job)``, which takes units until none is left.
             job: its argument.
+            workers: threads beside the caller that may work on it.
         """
-        if not self.workers:
+        if not workers:
             kernels.alone(function, job)
             return
-        if self._finalizer is None:
-            self._start()
-        kernels.launch(self._address, function, job)
+        if len(self._threads) < workers:
+            self._start(workers)
+        kernels.launch(self._address, function, job, workers)
 
     def close(self) -> None:
         """End the workers; a later `run` starts new ones."""
@@ -55,36 +52,35 @@ class ResidentCrew:
 
     def _renew(self) -> None:
         self._state, self._finalizer = _aligned_words(kernels.CREW_WORDS), None
-        self._address = self._state.ctypes.data
+        self._address, self._threads = self._state.ctypes.data, list[threading.Thread]()
 
-    def _start(self) -> None:
+    def _start(self, workers: int) -> None:
         kernels.launch.compiled, kernels.attend.compiled, kernels.dismiss.compiled  # noqa: B018 (compile before threads)
-        threads = [
-            threading.Thread(target=_attend, args=(self._state,), name=f"moebius-cpu-{i}", daemon=True)
-            for i in range(self.workers)
-        ]
-        self._finalizer = weakref.finalize(self, _dismiss, self._state, threads)
-        for thread in threads:
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _dismiss, self._state, self._threads)
+        for number in range(len(self._threads), workers):
+            thread = _thread(_attend, self._state, number)
+            self._threads.append(thread)
             thread.start()
 
 
 class WaitingCrew:
     """Workers that wait in Python, for systems without a futex; same protocol, slower hand-over."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._job: tuple[int, int] | None = None
-        self._ticket, self._pending, self._stop = 0, 0, False
+        self._ticket, self._pending, self._limit, self._stop = 0, 0, 0, False
         _crews.add(self)
 
-    def run(self, function: int, job: int) -> None:
+    def run(self, function: int, job: int, workers: int) -> None:
         kernels.alone.compiled  # noqa: B018 (compile before any thread needs it)
-        if not self._threads:
-            self._start()
+        for number in range(len(self._threads), workers):
+            self._threads.append(_thread(self._attend, number, self._ticket))
+            self._threads[-1].start()
         with self._changed:
-            self._job, self._pending = (function, job), len(self._threads)
+            self._job, self._pending, self._limit = (function, job), workers, workers
             self._ticket += 1
             self._changed.notify_all()
         try:
@@ -102,15 +98,7 @@ class WaitingCrew:
 
     def forget(self) -> None:
         """After a fork: the workers live in the parent only."""
-        self.__init__(self.workers)  # type: ignore[misc]
-
-    def _start(self) -> None:
-        self._threads = [
-            threading.Thread(target=self._attend, args=(self._ticket,), name=f"moebius-cpu-{i}", daemon=True)
-            for i in range(self.workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self.__init__()  # type: ignore[misc]
 
     def _drain(self) -> None:
         """Wait until no worker uses the job's memory any more, whatever signals arrive meanwhile."""
@@ -124,13 +112,15 @@ class WaitingCrew:
         if interrupt is not None:
             raise interrupt
 
-    def _attend(self, seen: int) -> None:
+    def _attend(self, number: int, seen: int) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stop or self._ticket != seen)  # noqa: B023 (read under the lock)
                 if self._stop:
                     return
-                seen, job = self._ticket, self._job
+                seen, job, limit = self._ticket, self._job, self._limit
+            if number >= limit:
+                continue
             assert job is not None
             kernels.alone(*job)
             with self._changed:
@@ -141,15 +131,48 @@ class WaitingCrew:
 Crew = ResidentCrew | WaitingCrew
 
 
-def make_crew(workers: int) -> Crew:
-    """The crew for this system, with `workers` threads beside the caller."""
+def make_crew() -> Crew:
+    """The crew for this system."""
     if sys.platform == "linux" and platform.machine() in FUTEX:
-        return ResidentCrew(workers)
-    return WaitingCrew(workers)
+        return ResidentCrew()
+    return WaitingCrew()
 
 
-def _attend(state: np.ndarray) -> None:
-    kernels.attend(state.ctypes.data)
+class SharedCrew:
+    """The crew of all executors of the process: their calls take turns, and its threads end with the last of them."""
+
+    def __init__(self) -> None:
+        self._crew, self._users = make_crew(), 0
+        self._turn = threading.RLock()  # a finalizer of another executor may run in the thread that holds it
+
+    def join(self, user: object) -> weakref.finalize:
+        """Count `user` in until the result is called, or `user` is forgotten."""
+        with self._turn:
+            self._users += 1
+        return weakref.finalize(user, self._leave)
+
+    def run(self, function: int, job: int, workers: int) -> None:
+        """As `Crew.run`, from any thread."""
+        with self._turn:
+            self._crew.run(function, job, workers)
+
+    def _leave(self) -> None:
+        with self._turn:
+            self._users -= 1
+            if not self._users:
+                self._crew.close()
+
+    def forget(self) -> None:
+        """After a fork: another thread of the parent may have held the lock."""
+        self._turn = threading.RLock()
+
+
+def _thread(target: Callable[..., None], *args: object) -> threading.Thread:
+    return threading.Thread(target=target, args=args, name="moebius-cpu", daemon=True)
+
+
+def _attend(state: np.ndarray, number: int) -> None:
+    kernels.attend(state.ctypes.data, number)
 
 
 def _dismiss(state: np.ndarray, threads: list[threading.Thread]) -> None:
@@ -166,9 +189,11 @@ def _aligned_words(count: int) -> np.ndarray:
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+shared = SharedCrew()
 
 
 def _after_fork() -> None:
+    shared.forget()
     for crew in list(_crews):
         crew.forget()
 

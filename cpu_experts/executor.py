@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import torch
 
-from moebius.cpu_experts.crew import make_crew
+from moebius.cpu_experts.crew import shared
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Act
@@ -23,7 +23,8 @@ _KEPT_BYTES = 1 << 26
 class CpuExecutor:
     """Computes the experts of any `ExpertStore`; safe to call from any number of threads.
 
-    Calls from several threads take turns, since each uses all processors. The worker threads start at the first call.
+    Calls take turns, since each uses all processors. The worker threads are those of all executors of the process; they
+    start at the first call and end when the last executor is closed.
 
     Args:
         threads: number of threads that work on one call, the caller included.
@@ -33,7 +34,7 @@ class CpuExecutor:
         if threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, not {threads}")
         self.threads = threads
-        self._crew = make_crew(threads - 1)
+        self._leave = shared.join(self)
         self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
         self._job = new_job()
         self._job_address = self._job.ctypes.data
@@ -69,7 +70,7 @@ class CpuExecutor:
         scratch = self._reserve(scratch_bytes(layer, x, routes))
         prepare(self._job, layer, x, routes, out, scratch)
         if len(routes.tokens):
-            self._crew.run(layer.work.address, self._job_address)
+            shared.run(layer.work.address, self._job_address, self.threads - 1)
 
     def _reserve(self, count: int) -> np.ndarray:
         if count <= len(self._scratch):
@@ -81,10 +82,10 @@ class CpuExecutor:
         return scratch
 
     def close(self) -> None:
-        """Give the threads back; harmless when repeated. A call that is under way finishes first."""
+        """Give memory, and threads that nobody else uses, back; harmless when repeated. A call under way finishes."""
         with self._turn:
             self._closed = True
-            self._crew.close()
+            self._leave()
             self._scratch = np.empty(0, np.uint8)
 
 

@@ -20,7 +20,7 @@ from moebius.kernels.numba.memory import (
 )
 
 # Words of the shared memory; those that different threads write are a cache line (8 words) apart.
-TICKET, OPEN, INSIDE, SLEEPERS, STOP, FUNCTION, JOB = 0, 8, 16, 24, 32, 40, 41
+TICKET, OPEN, INSIDE, SLEEPERS, STOP, FUNCTION, JOB, LIMIT = 0, 8, 16, 24, 32, 40, 41, 42
 CREW_WORDS = 48
 # Pauses before a worker sleeps: 20 to 50 us, about what waking a sleeper costs. Longer would steal time from the
 # threads that compute attention between two calls.
@@ -28,9 +28,12 @@ _PATIENCE = 1000
 _W = 8
 
 
-@entry("void(int64)")
-def attend(crew):  # type: ignore[no-untyped-def]
-    """A worker's life: waits for jobs of the crew at address `crew` and works on them until it is told to stop."""
+@entry("void(int64, int64)")
+def attend(crew, number):  # type: ignore[no-untyped-def]
+    """A worker's life: waits for jobs of the crew at address `crew` and works on them until it is told to stop.
+
+    `number` counts the workers from 0; a job for fewer workers is not its own.
+    """
     seen, idle = 0, 0
     while True:
         ticket = atomic_load(crew + _W * TICKET)
@@ -39,7 +42,7 @@ def attend(crew):  # type: ignore[no-untyped-def]
         if ticket != seen:
             seen, idle = ticket, 0
             atomic_add(crew + _W * INSIDE, 1)
-            if atomic_load(crew + _W * OPEN) == ticket:
+            if atomic_load(crew + _W * OPEN) == ticket and number < atomic_load(crew + _W * LIMIT):
                 call(atomic_load(crew + _W * FUNCTION), atomic_load(crew + _W * JOB))
             atomic_add(crew + _W * INSIDE, -1)
         elif idle < _PATIENCE:
@@ -51,12 +54,13 @@ def attend(crew):  # type: ignore[no-untyped-def]
             atomic_add(crew + _W * SLEEPERS, -1)
 
 
-@entry("void(int64, int64, int64)")
-def launch(crew, function, job):  # type: ignore[no-untyped-def]
-    """Work on a job together with the crew; returns when it is complete and no worker looks at it any more."""
+@entry("void(int64, int64, int64, int64)")
+def launch(crew, function, job, workers):  # type: ignore[no-untyped-def]
+    """Work on a job together with the first `workers` of the crew; returns when it is complete and none looks at it."""
     ticket = atomic_load(crew + _W * TICKET) + 1
     atomic_store(crew + _W * FUNCTION, function)
     atomic_store(crew + _W * JOB, job)
+    atomic_store(crew + _W * LIMIT, workers)
     atomic_store(crew + _W * OPEN, ticket)
     atomic_store(crew + _W * TICKET, ticket)
     if atomic_load(crew + _W * SLEEPERS):

@@ -18,7 +18,7 @@ from moebius.cpu_experts.crew import Crew, ResidentCrew, WaitingCrew, make_crew
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.kernels.experts import ExpertSpec
 from moebius.kernels.numba.jit import entry
-from moebius.kernels.numba.memory import atomic_add, peek, poke
+from moebius.kernels.numba.memory import atomic_add, atomic_load, peek, poke, wait_briefly
 
 from .moe_layers import random_routes, random_store
 
@@ -42,7 +42,7 @@ def count_units(job):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(params=[pytest.param(ResidentCrew, marks=linux), WaitingCrew])
 def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
-    made = request.param(3)
+    made = request.param()
     yield made
     made.close()
 
@@ -51,7 +51,7 @@ def test_every_unit_is_computed_once_and_before_run_returns(crew: Crew) -> None:
     """Bug: a worker that wakes late works on the next job's memory, or is not waited for."""
     for _ in range(300):
         job = np.zeros(8 + UNITS, np.int64)
-        crew.run(count_units.address, job.ctypes.data)
+        crew.run(count_units.address, job.ctypes.data, 3)
         assert (job[8:] == 1).all()
 
 
@@ -60,7 +60,7 @@ def test_close_ends_workers_and_run_starts_them_again(crew: Crew) -> None:
     before = {thread.name for thread in threading.enumerate()}
     for _ in range(3):
         job = np.zeros(8 + UNITS, np.int64)
-        crew.run(count_units.address, job.ctypes.data)
+        crew.run(count_units.address, job.ctypes.data, 3)
         assert (job[8:] == 1).all()
         assert threading.active_count() > len(before)
         crew.close()
@@ -68,18 +68,66 @@ def test_close_ends_workers_and_run_starts_them_again(crew: Crew) -> None:
         assert {thread.name for thread in threading.enumerate()} == before
 
 
+@entry("void(int64)", callback=True)
+def count_threads(job):  # type: ignore[no-untyped-def]
+    """Words: 0 how many threads came, which then wait for word 8 to become as large."""
+    atomic_add(job, 1)
+    waited = 0
+    while atomic_load(job) < peek(job + 64, np.int64(0)):
+        waited = wait_briefly(waited)
+
+
+def test_jobs_for_more_and_for_fewer_workers_alternate(crew: Crew) -> None:
+    """Bug: a job for two threads is computed by five, or workers that sat one out miss the next (a hang)."""
+    for workers in (1, 4, 2, 0, 4, 1, 3) * 20:
+        job = np.zeros(16, np.int64)
+        job[8] = workers + 1
+        crew.run(count_threads.address, job.ctypes.data, workers)
+        assert job[0] == workers + 1
+
+
+def test_executors_share_threads_that_end_with_the_last() -> None:
+    """Bug: every patched model brings threads of its own, or closing one takes the other's away."""
+    before = set(threading.enumerate())
+    first, second, third = CpuExecutor(3), CpuExecutor(2), CpuExecutor(4)
+    store, routes = random_store(ExpertSpec(64, 48), "fp32", 4), random_routes(3, 2, 4)
+    results = []
+    for executor in (first, second, third, first):
+        results.append(torch.zeros(3, 64))
+        executor.run(store, torch.ones(3, 64), routes, results[-1])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert len(set(threading.enumerate()) - before) == 3
+    third.close()
+    third.close()
+    del first, executor
+    second.run(store, torch.ones(3, 64), routes, results[0])
+    second.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_forgotten_executor_gives_its_threads_back() -> None:
+    """Bug: threads of a model that was deleted without unpatch live for ever."""
+    before = set(threading.enumerate())
+    executor = CpuExecutor(2)
+    store, routes = random_store(ExpertSpec(8, 4), "fp32", 3), random_routes(4, 2, 3)
+    executor.run(store, torch.ones(4, 8), routes, torch.zeros(4, 8))
+    assert len(set(threading.enumerate()) - before) == 1
+    del executor
+    assert set(threading.enumerate()) <= before
+
+
 def test_a_crew_of_the_caller_alone_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: one thread means zero workers, and none is waited for."""
-    for made in (make_crew(0), WaitingCrew(0)):
+    for made in (make_crew(), WaitingCrew()):
         job = np.zeros(8 + UNITS, np.int64)
-        made.run(count_units.address, job.ctypes.data)
+        made.run(count_units.address, job.ctypes.data, 0)
         assert (job[8:] == 1).all()
 
 
 def test_systems_without_futex_get_the_other_crew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a Mac compiles a Linux system call."""
     monkeypatch.setattr(crew_module.sys, "platform", "darwin")
-    assert isinstance(make_crew(2), WaitingCrew)
+    assert isinstance(make_crew(), WaitingCrew)
 
 
 @linux

@@ -258,27 +258,15 @@ def test_several_callers_at_once_get_their_own_results(executors: dict[int, CpuE
     assert not wrong
 
 
-def test_close_ends_the_threads_and_further_calls_raise() -> None:
-    """Bug: unpatching leaves threads behind, or a closed executor hangs its caller."""
-    before = set(threading.enumerate())
+def test_calls_after_close_raise() -> None:
+    """Bug: a closed executor hangs its caller, or computes with memory that it gave back."""
     executor = CpuExecutor(3)
     store, x, routes = random_store(ExpertSpec(8, 4), "fp32", 3), torch.ones(4, 8), random_routes(4, 2, 3)
     _run(executor, store, x, routes)
-    assert len(set(threading.enumerate()) - before) == 2
     executor.close()
     executor.close()
-    assert set(threading.enumerate()) <= before
     with pytest.raises(RuntimeError, match="closed"):
         _run(executor, store, x, routes)
-
-
-def test_forgotten_executor_gives_its_threads_back() -> None:
-    """Bug: threads of a model that was deleted without unpatch live for ever."""
-    before = set(threading.enumerate())
-    executor = CpuExecutor(2)
-    _run(executor, random_store(ExpertSpec(8, 4), "fp32", 3), torch.ones(4, 8), random_routes(4, 2, 3))
-    del executor
-    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("threads", [0, -1])
