@@ -48,10 +48,13 @@ def combine_kernel(
     first = tl.load(table + 4 * P + tokens, mask=tokens < T, other=0)
     last = tl.load(table + 4 * P + tokens + 1, mask=tokens < T, other=0)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    for rank in range(0, tl.max(last - first, axis=0)):
+    longest = tl.max(last - first, axis=0)
+    rank = tl.zeros_like(longest)
+    while rank < longest:  # not `range`: the interpreter of Triton 3.6 cannot take its bounds from memory
         present = first + rank < last
         pairs = tl.load(table + 3 * P + first + rank, mask=present, other=0).to(tl.int64)
         inside = present[:, None] & (columns < H)[None, :]
+        rank += 1
         total += tl.load(y + pairs[:, None] * H + columns[None, :], mask=inside, other=0.0)
     inside = (tokens < T)[:, None] & (columns < H)[None, :]
     tl.store(out + tokens.to(tl.int64)[:, None] * H + columns[None, :], total, mask=inside)

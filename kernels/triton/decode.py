@@ -104,8 +104,11 @@ def down_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     SUMS: tl.constexpr = COLUMNS if BITS == 0 else COLUMNS // GROUP_SIZE
     total = tl.zeros([ROWS], tl.float32)
-    for position in range(tl.load(table + 4 * P + token), tl.load(table + 4 * P + token + 1)):
+    position = tl.load(table + 4 * P + token)
+    end = tl.load(table + 4 * P + token + 1)
+    while position < end:  # not `range`: the interpreter of Triton 3.6 cannot take its bounds from memory
         pair = tl.load(table + 3 * P + position)
+        position += 1
         record = pool + tl.load(table + pair).to(tl.int64) * STRIDE
         inputs = activated + pair.to(tl.int64) * INNER
         products = tl.zeros([ROWS, SUMS], tl.float32)
