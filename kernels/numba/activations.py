@@ -1,6 +1,6 @@
 """The activations of `moebius.kernels.experts.Act`, with torch's treatment of NaN and infinity.
 
-SiLU with its limits, which most models use, comes for sixteen lanes; all of them come for scalars.
+All of them come for scalars; all but the exact GELU and the soft-capped SiLU also for sixteen lanes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moebius.kernels.numba.jit import helper
 
 _ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
 _SQRT_HALF, _SQRT_2_OVER_PI = np.float32(math.sqrt(0.5)), np.float32(math.sqrt(2 / math.pi))
-_GELU_CUBIC = np.float32(0.044715)
+_GELU_CUBIC, _TWICE_SQRT_2_OVER_PI = np.float32(0.044715), np.float32(2 * math.sqrt(2 / math.pi))
 _SILU, _GELU_TANH, _GELU_ERF = int(Act.SILU), int(Act.GELU_TANH), int(Act.GELU_ERF)
 _RELU, _SOFTCAP_SILU = int(Act.RELU), int(Act.SOFTCAP_SILU)
 
@@ -65,11 +65,29 @@ def second_factor(kind, up_max, up_shift, x):  # type: ignore[no-untyped-def]
 
 
 @helper
-def silu_lanes(alpha, gate_max, act_max, x):  # type: ignore[no-untyped-def]
-    """`first_factor` of SiLU for sixteen lanes; all arguments are vectors."""
+def has_lanes(kind):  # type: ignore[no-untyped-def]
+    """Whether `first_lanes` and `clamp_lanes` compute an activation."""
+    return kind != _GELU_ERF and kind != _SOFTCAP_SILU
+
+
+@helper
+def first_lanes(kind, alpha, gate_max, act_max, x):  # type: ignore[no-untyped-def]
+    """`first_factor` for sixteen lanes; all arguments but the kind are vectors."""
     x = simd.at_most(x, gate_max)
-    one = simd.splat(_ONE)
-    return simd.at_most(simd.div(x, simd.add(one, simd.exp(simd.mul(simd.splat(-_ONE), simd.mul(alpha, x))))), act_max)
+    if kind == _SILU:
+        result = _times_sigmoid(x, simd.mul(alpha, x))
+    elif kind == _GELU_TANH:  # (1 + tanh z) / 2 is the sigmoid of 2 z
+        cubic = simd.mul(simd.mul(simd.splat(_GELU_CUBIC), simd.mul(x, x)), x)
+        result = _times_sigmoid(x, simd.mul(simd.splat(_TWICE_SQRT_2_OVER_PI), simd.add(x, cubic)))
+    else:
+        positive = simd.at_least(x, simd.zeros())
+        result = positive if kind == _RELU else simd.mul(positive, positive)
+    return simd.at_most(result, act_max)
+
+
+@helper
+def _times_sigmoid(x, z):  # type: ignore[no-untyped-def]
+    return simd.div(x, simd.add(simd.splat(_ONE), simd.exp(simd.mul(simd.splat(-_ONE), z))))
 
 
 @helper

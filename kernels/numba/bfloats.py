@@ -118,9 +118,9 @@ def accumulate(typingctx, a, b, c):  # type: ignore[no-untyped-def]
 def _accumulate_portably(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     a, b = (builder.bitcast(value, _INTS) for value in (a, b))
     sixteen, upper = ir.Constant(_INTS, [16] * LANES), ir.Constant(_INTS, [0xFFFF0000] * LANES)
-    even = [builder.bitcast(builder.shl(value, sixteen), _FLOATS) for value in (a, b)]
-    odd = [builder.bitcast(builder.and_(value, upper), _FLOATS) for value in (a, b)]
-    return emit_fma(builder, *odd, emit_fma(builder, *even, c))
+    a0, b0 = (builder.bitcast(builder.shl(value, sixteen), _FLOATS) for value in (a, b))
+    a1, b1 = (builder.bitcast(builder.and_(value, upper), _FLOATS) for value in (a, b))
+    return emit_fma(builder, a1, b1, emit_fma(builder, a0, b0, c))
 
 
 @intrinsic

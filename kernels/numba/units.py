@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.experts import Act
 from moebius.kernels.numba import words
-from moebius.kernels.numba.activations import clamp_lanes, first_factor, second_factor, silu_lanes
+from moebius.kernels.numba.activations import clamp_lanes, first_factor, first_lanes, has_lanes, second_factor
 from moebius.kernels.numba.jit import helper
 from moebius.kernels.numba.memory import atomic_add, atomic_load, peek, poke, size_of, wait_briefly, widen
 from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, splat, store, zeros
@@ -22,7 +21,6 @@ from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, s
 ROWS = 32
 _I32, _I64, _F32, _ZERO = np.int32(0), np.int64(0), np.float32(0), np.float32(0)
 _W = words.WORD
-_SILU = int(Act.SILU)
 
 
 @helper
@@ -124,12 +122,12 @@ def activate(layer, expert, start, stop, first, second, target, element):  # typ
     """
     up_bias = part(layer, words.UP_BIAS, expert)
     first_bias = part(layer, words.GATE_BIAS, expert) if word(layer, words.GATE) else up_bias
-    if word(layer, words.KIND) == _SILU:
+    if has_lanes(word(layer, words.KIND)):
         for row in range(start, stop, LANES):
             offset, count = 4 * (row - start), stop - row
             g = add(load(first + offset, _F32), bias_lanes(first_bias, row, count, element))
             u = add(load(second + offset, _F32), bias_lanes(up_bias, row, count, element))
-            store(target + offset, _silu(layer, g, u))
+            store(target + offset, _lanes(layer, g, u))
     else:
         for row in range(start, stop):
             offset = 4 * (row - start)
@@ -139,9 +137,9 @@ def activate(layer, expert, start, stop, first, second, target, element):  # typ
 
 
 @helper
-def _silu(layer, g, u):  # type: ignore[no-untyped-def]
+def _lanes(layer, g, u):  # type: ignore[no-untyped-def]
     alpha, gate_max = splat(number(layer, words.ALPHA)), splat(number(layer, words.GATE_MAX))
-    result = silu_lanes(alpha, gate_max, splat(number(layer, words.ACT_MAX)), g)
+    result = first_lanes(word(layer, words.KIND), alpha, gate_max, splat(number(layer, words.ACT_MAX)), g)
     if word(layer, words.GATE):
         up_max, up_shift = splat(number(layer, words.UP_MAX)), splat(number(layer, words.UP_SHIFT))
         result = mul(result, clamp_lanes(up_max, up_shift, u))
