@@ -45,9 +45,12 @@ class Tier:
     predictions: Predictions = field(default_factory=Predictions)
 
     def observe_copies(self) -> None:
-        """Let the cost of an upload follow the link, by the copies that have completed meanwhile."""
-        for took_us in self.cache.copy_times():
+        """Let the cost of an upload follow the link, by the copies that have completed meanwhile, and the price it."""
+        times = self.cache.copy_times()
+        for took_us in times:
             self.costs.observe_upload(took_us)
+        if times:
+            self.cache.price = self.costs.price
 
 
 class Step(NamedTuple):

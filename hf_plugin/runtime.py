@@ -88,6 +88,7 @@ class ModelRuntime:
             costs = calibrate(self.executor, cache, self.stores, device.torch_device)
             undo.pop_all()
         cache.counters.reset()
+        cache.price = costs.price
         self.tier, self._stale = Tier(cache, device.torch_device, costs), False
 
     def _budget(self, free: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
 _MEMORY = 0.05  # weight of a new observation: about the last 20 calls count
 
 
@@ -72,12 +73,21 @@ class CostModel:
         chosen[order[:best]] = True
         return chosen
 
+    @property
+    def price(self) -> float:
+        """Cost of an upload in units of what a hit saves, at one token: what an admission must earn.
+
+        Hits are computed beside the misses, so that a hit saves the CPU's whole time for that expert as long as the
+        device is not the one that finishes last.
+        """
+        return self.upload_us / max((self.cpu.base_us + self.cpu.token_us) * self.cpu.factor, TINY_US)
+
     def to_dict(self) -> dict[str, float]:
-        """Microseconds of an upload, and for each processor of an expert on one token and of each further token."""
+        """Microseconds of an upload, its price, and microseconds of an expert on one token and of each further one."""
         experts = {"cpu": self.cpu, "gpu": self.gpu}
         first = {f"{name}_us": float(cost.of(np.ones(1))[0]) for name, cost in experts.items()}
         further = {f"{name}_token_us": cost.token_us * cost.factor for name, cost in experts.items()}
-        return {"upload_us": self.upload_us} | first | further
+        return {"upload_us": self.upload_us, "price": self.price} | first | further
 
     def observe_upload(self, took_us: float) -> None:
         """One expert's copy took `took_us`."""

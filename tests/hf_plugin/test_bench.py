@@ -86,7 +86,8 @@ def test_experts_count_each_distinct_experts_bytes_once() -> None:
 def test_experts_error_is_that_of_rounding(format: str) -> None:
     """Weights drawn in bf16 are exact in the float formats; others lose what their bits cannot hold, and show it."""
     [row] = measure(tokens=[80], formats=[format])
-    least, most = {"int8": (1e-3, 0.015), "int4": (0.05, 0.16)}.get(format, (0.0, 1e-5))
+    bounds = {"bf16": (0.0, 0.006), "int8": (1e-3, 0.015), "int4": (0.05, 0.16)}  # bf16: of intermediates
+    least, most = bounds.get(format, (0.0, 1e-5))
     assert least <= row.rel_error <= most
 
 

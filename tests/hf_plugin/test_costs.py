@@ -91,7 +91,7 @@ def test_costs_are_shown():
         helpers.greedy(model, helpers.prompt(model, 1))
         _runtime(model).tier.cache.drain()
         stats = moebius.stats(model).to_dict()
-    assert stats["costs"].keys() == {"upload_us", "cpu_us", "cpu_token_us", "gpu_us", "gpu_token_us"}
+    assert stats["costs"].keys() == {"upload_us", "price", "cpu_us", "cpu_token_us", "gpu_us", "gpu_token_us"}
     assert all(value >= 0 for value in stats["costs"].values())
     assert 0 < stats["copies"] <= stats["uploads"]
     assert stats["copy_us"] > 0

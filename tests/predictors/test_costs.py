@@ -110,3 +110,12 @@ def test_observed_uploads_are_averaged() -> None:
     for _ in range(200):
         model.observe_upload(40.0)
     assert model.upload_us == pytest.approx(40.0, rel=1e-2)
+
+
+def test_price_of_an_upload() -> None:
+    """What the policy weighs admissions by: uploads in units of the CPU's time for an expert, never infinite."""
+    model = CostModel(ExpertCost(90, 10), ExpertCost(15, 5), 150)
+    assert model.price == pytest.approx(1.5)
+    model.cpu.factor = 2.0
+    assert model.price == pytest.approx(0.75)
+    assert CostModel(ExpertCost(0, 0), ExpertCost(0, 0), 1).price < float("inf")
