@@ -1,0 +1,299 @@
+"""One call that measures the GPU tier: kernels against transformers', whole models at several cache budgets, overlap.
+
+    python benchmarks/gpu.py --trace TRACE.npz --out benchmarks/results/gpu_NAME.json     # below 10 minutes
+    python benchmarks/gpu.py --dry-run                                                    # tiny, on the emulated device
+
+Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises leaves its error in
+the results, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+import moebius
+from moebius.gpu_cache.executor import make_executor
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.packing import pack, unpack
+from moebius.kernels.reference import moe_forward
+from moebius.kernels.routes import Routes, build_routes
+
+try:
+    from benchmarks.gpu_model import measure_model
+except ModuleNotFoundError:  # run as a script
+    from gpu_model import measure_model  # type: ignore[import-not-found,no-redef]
+
+FORMATS = ("bf16", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured; `TINY` only shows that the script runs."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    decode_tokens: tuple[int, ...]
+    prefill_tokens: int
+    copy_bytes: int
+    calls: int  # of a few tokens, with other experts each, so that weights come from memory and not from a cache
+
+
+FULL = Sizes(128, 2048, 768, 8, (1, 8, 64), 4096, 2 << 30, 24)  # Qwen3-30B-A3B
+TINY = Sizes(4, 64, 32, 2, (1, 3), 20, 1 << 20, 2)
+
+
+class Report:
+    """Rows and errors, written to a file after each; parts that come after the deadline are skipped."""
+
+    def __init__(self, out: Path | None, seconds: float, device: torch.device) -> None:
+        self.out, self.device = out, device
+        self.deadline = perf_counter() + seconds
+        self.data: dict[str, Any] = {"machine": machine(device), "rows": [], "errors": [], "skipped": []}
+
+    def add(self, **row: Any) -> None:
+        print(json.dumps(row), flush=True)
+        self.data["rows"].append(row)
+        self.save()
+
+    def part(self, name: str, run: Callable[[], None]) -> None:
+        if perf_counter() > self.deadline:
+            self.data["skipped"].append(name)
+        else:
+            try:
+                run()
+            except Exception:  # noqa: BLE001 (kept in the results; the other parts are still worth having)
+                self.data["errors"].append({"part": name, "error": traceback.format_exc()})
+                print(traceback.format_exc(), flush=True)
+        self.save()
+
+    def save(self) -> None:
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    import transformers
+
+    triton = __import__("triton").__version__ if device.type != "cpu" else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
+    return {"device": name, **versions, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+
+
+def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> tuple[float, str]:
+    """Device time of one call; all calls in a row in a CUDA graph, where that can be, so that no launch waits."""
+    for call in calls[:2]:
+        call()
+    if device.type != "cuda":
+        begun = perf_counter()
+        for call in calls:
+            call()
+        return (perf_counter() - begun) / len(calls), "wall"
+    torch.cuda.synchronize()
+    how, run_all = "graph", torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(run_all):
+            for call in calls:
+                call()
+        replay: Callable[[], object] = run_all.replay
+    except RuntimeError:  # a call that looks at values on the host cannot be captured
+        torch.cuda.synchronize()
+        how, replay = "launches", lambda: [call() for call in calls]
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2] / len(calls), how
+
+
+def measure_copies(report: Report, sizes: Sizes) -> float:
+    """Bytes read and written per second by a copy on the device; and uploads from pinned memory."""
+    device = report.device
+    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    host = torch.empty(sizes.copy_bytes // 8, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    on_device, _ = seconds_per_call([lambda: target.copy_(source)] * 3, device)
+    upload, _ = seconds_per_call([lambda: target[: len(host)].copy_(host, non_blocking=True)] * 3, device)
+    bandwidth = 2 * source.nbytes / on_device
+    report.add(part="copies", device_gbytes_per_s=bandwidth / 1e9, upload_gbytes_per_s=host.nbytes / upload / 1e9)
+    return bandwidth
+
+
+class Layer:
+    """All experts of one layer in slots, in some format."""
+
+    def __init__(self, sizes: Sizes, format: str, device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
+        self.spec = ExpertSpec(sizes.hidden, sizes.intermediate)
+        self.layout = RecordLayout.of(self.spec, format)
+        torch.manual_seed(0)
+        self.pool = torch.empty(sizes.experts, self.layout.nbytes, dtype=torch.uint8, device=device)
+        for expert in range(sizes.experts):
+            shapes = self.layout.shapes().items()
+            pack(self.layout, self.pool[expert], {n: torch.randn(s, device=device) / s[-1] ** 0.5 for n, s in shapes})
+
+    def step(self, tokens: int, seed: int) -> tuple[torch.Tensor, Routes]:
+        rng = np.random.default_rng(seed)
+        ids = np.stack([rng.permutation(self.sizes.experts)[: self.sizes.top_k] for _ in range(tokens)])
+        x = torch.randn(tokens, self.sizes.hidden, generator=torch.Generator().manual_seed(seed))
+        weights = np.full(ids.shape, 1 / self.sizes.top_k)
+        return x.to(self.device, torch.bfloat16), build_routes(ids, weights, self.sizes.experts)
+
+    def call(self, x: torch.Tensor, routes: Routes) -> Callable[[], torch.Tensor]:
+        """The layer's kernels with their tables already on the device; on the emulated device the reference."""
+        slots = routes.experts.astype(np.int32)
+        if self.device.type == "cpu":
+            run = make_executor(self.spec, self.layout, self.device)
+            return lambda: run(self.pool, x, routes, slots)
+        from moebius.kernels.triton.config import PREFILL_TILES
+        from moebius.kernels.triton.decode import decode
+        from moebius.kernels.triton.experts import DECODE_TOKENS
+        from moebius.kernels.triton.prefill import prefill
+        from moebius.kernels.triton.tables import pair_table, tile_table
+
+        table = pair_table(routes, slots, len(x), self.device)
+        if len(x) <= DECODE_TOKENS:
+            return lambda: decode(self.spec, self.layout, self.pool, x, table)
+        tiles = tile_table(routes, slots, PREFILL_TILES[self.layout.format].pairs, self.device)
+        return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles)
+
+    def error(self) -> float:
+        """||ours - reference|| / ||reference|| of one token in float64."""
+        x, routes = self.step(1, 99)
+        expected = torch.zeros(x.shape, dtype=torch.float64)
+        weights = [unpack(self.layout, self.pool[int(expert)].cpu()) for expert in routes.experts]
+        moe_forward(self.spec, weights, x.cpu(), routes, expected)
+        return float((self.call(x, routes)().cpu().double() - expected).norm() / expected.norm())
+
+
+def measure_kernels(report: Report, sizes: Sizes, format: str, bandwidth: float) -> None:
+    """Decode and prefill with all experts resident: time, bytes of the distinct experts per second, FLOP/s."""
+    layer = Layer(sizes, format, report.device)
+    error = layer.error()
+    for tokens in (*sizes.decode_tokens, sizes.prefill_tokens):
+        count = sizes.calls if tokens <= 64 else 4
+        steps = [layer.step(tokens, seed) for seed in range(count)]
+        took, how = seconds_per_call([layer.call(x, routes) for x, routes in steps], report.device)
+        nbytes = np.mean([len(routes.experts) for _, routes in steps]) * layer.layout.nbytes
+        flops = 6 * sizes.hidden * sizes.intermediate * tokens * sizes.top_k
+        share = nbytes / took / bandwidth
+        row = {"us": took * 1e6, "timed": how, "share_of_copy": share, "tflops": flops / took / 1e12, "error": error}
+        report.add(part="kernel", kernel="moebius", format=format, tokens=tokens, **row)
+
+
+def measure_rivals(report: Report, sizes: Sizes) -> None:
+    """transformers' own experts, bf16, on the same shapes."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    shape = {"hidden_size": sizes.hidden, "moe_intermediate_size": sizes.intermediate, "num_experts": sizes.experts}
+    with report.device:
+        experts = Qwen3MoeExperts(Qwen3MoeConfig(**shape, num_experts_per_tok=sizes.top_k)).bfloat16()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    for name in ("grouped_mm", "batched_mm"):
+        forward = ALL_EXPERTS_FUNCTIONS[name]
+        for tokens in (*sizes.decode_tokens, sizes.prefill_tokens):
+            if name == "batched_mm" and tokens > 64:
+                continue  # it copies every pair's weights: 9 MB each
+            count = sizes.calls if tokens <= 64 else 4
+            calls = [_rival_call(forward, experts, sizes, tokens, seed) for seed in range(count)]
+            with torch.no_grad():
+                took, how = seconds_per_call(calls, report.device)
+            report.add(part="kernel", kernel=name, format="bf16", tokens=tokens, us=took * 1e6, timed=how)
+
+
+def _rival_call(
+    forward: Callable[..., torch.Tensor], experts: torch.nn.Module, sizes: Sizes, tokens: int, seed: int
+) -> Callable[[], torch.Tensor]:
+    device = next(experts.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, sizes.experts, generator=generator).topk(sizes.top_k).indices.to(device)
+    x = torch.randn(tokens, sizes.hidden, generator=generator).to(device, torch.bfloat16)
+    weights = torch.full(ids.shape, 1 / sizes.top_k, dtype=torch.bfloat16, device=device)
+    return lambda: forward(experts, x, ids, weights)
+
+
+def sweep_tiles(report: Report, sizes: Sizes, format: str) -> None:
+    """Other tile sizes than those in `kernels/triton/config.py`, for one token and for a long prompt."""
+    if report.device.type == "cpu":
+        return  # there are no kernels to try
+    from moebius.kernels.triton.config import DECODE_TILES, PREFILL_TILES, DecodeTile, PrefillTile
+
+    layer = Layer(sizes, format, report.device)
+    decode = [
+        DecodeTile(r, c, w) for r in (4, 8, 16, 32) for c in (256, 512, 1024) for w in (2, 4, 8) if r * c <= 16384
+    ]
+    prefill = [
+        PrefillTile(p, c, d, w)
+        for p in (64, 128)
+        for c in (64, 128)
+        for d in (64, 128)
+        for w in (4, 8)
+        if p * c >= 64 * 64
+    ]
+    for tokens, table, tiles in ((1, DECODE_TILES, decode), (sizes.prefill_tokens, PREFILL_TILES, prefill)):
+        former, results = table[format], []
+        steps = [layer.step(tokens, seed) for seed in range(sizes.calls if tokens == 1 else 2)]
+        for tile in tiles:
+            if perf_counter() > report.deadline:
+                break
+            table[format] = tile  # type: ignore[index]
+            try:
+                took, _ = seconds_per_call([layer.call(x, routes) for x, routes in steps], report.device)
+            except Exception as error:  # noqa: BLE001 (too large for the card: a result as well)
+                results.append({"tile": tile._asdict(), "error": type(error).__name__})
+                continue
+            results.append({"tile": tile._asdict(), "us": took * 1e6})
+        table[format] = former  # type: ignore[index]
+        results.sort(key=lambda result: result.get("us", float("inf")))
+        report.add(part="sweep", format=format, tokens=tokens, used=former._asdict(), best=results[:8])
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--trace", help="recorded routing (.npz) that the whole model is forced to follow")
+    parser.add_argument("--out", type=Path, help="results as JSON")
+    parser.add_argument("--seconds", type=float, default=540, help="no part begins later than this")
+    parser.add_argument("--parts", default="kernels,model,sweep", help="of kernels, model, sweep")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the emulated device")
+    chosen = parser.parse_args(arguments)
+    if not chosen.dry_run and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; use --dry-run")
+    sizes, device = (TINY, torch.device("cpu")) if chosen.dry_run else (FULL, torch.device("cuda", 0))
+    report, parts = Report(chosen.out, chosen.seconds, device), chosen.parts.split(",")
+    report.data["machine"]["moebius"] = moebius.__version__
+    if "kernels" in parts:
+        bandwidth = measure_copies(report, sizes)
+        for format in FORMATS:
+            report.part(f"kernels {format}", lambda format=format: measure_kernels(report, sizes, format, bandwidth))
+        report.part("rivals", lambda: measure_rivals(report, sizes))
+    if "model" in parts:
+        report.part("model", lambda: measure_model(report, chosen.trace, chosen.dry_run))
+    if "sweep" in parts:
+        for format in FORMATS:
+            report.part(f"sweep {format}", lambda format=format: sweep_tiles(report, sizes, format))
+    return report.data
+
+
+if __name__ == "__main__":
+    main()
