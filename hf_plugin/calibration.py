@@ -86,8 +86,8 @@ def _gpu(
 
 
 def _uploads(cache: ExpertCache, experts: np.ndarray) -> float:
-    """Median of the copies' own times: the cache's first decision, which may compile its policy, does not count."""
+    """Microseconds of a copy, by the device's own clock: policies compile when they are first asked for a slot."""
     cache.fetch(0, experts)
-    cache.finish(0)
     cache.drain()
+    cache.finish(0)
     return median(cache.copy_times())

@@ -74,11 +74,12 @@ class MoebiusQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _IntoStore(self)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any, **more: Any) -> list[Any]:
+        # transformers 5.17 does not pass the model
         for conversion in weight_conversions:
             if any("experts" in pattern for pattern in getattr(conversion, "source_patterns", ())):
                 conversion.force_cpu = True  # experts are put together in host memory, wherever the rest goes
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *model, **more)
 
     def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
         """Copy one expert tensor into its layer's store."""
