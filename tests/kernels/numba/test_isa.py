@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moebius.kernels.numba import isa
+from moebius.kernels.numba.jobs import find_range_error
 
 _ROOT = Path(__file__).parents[3]
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
@@ -79,6 +80,7 @@ def test_an_unknown_level_is_refused_and_a_late_one_too(monkeypatch: pytest.Monk
     monkeypatch.setenv("MOEBIUS_ISA", "avx1024")
     with pytest.raises(ValueError, match="portable, avx2, avx512"):
         isa.apply_choice()
+    assert find_range_error.compiled  # from here on Numba compiles for one processor
     before = isa._config.CPU_NAME, isa._config.CPU_FEATURES
     monkeypatch.setenv("MOEBIUS_ISA", "portable")
     with pytest.raises(RuntimeError, match="too late"):
