@@ -58,7 +58,7 @@ class PatchedLayer:
         self._arguments = _argument_names(site.module)
         self._module_ref, self._owner_ref = ref(site.module), ref(site.owner)
         self._former_forward = site.module.__dict__.get("forward", _MISSING)
-        self.held = twin.held if twin is not None else HeldWeights(site, format, keep)
+        self.held: HeldWeights = twin.held if twin is not None else HeldWeights(site, format, keep)
         self._spec = site.spec
         self.store = replace(self.held.store, spec=self._spec)
         self._register()

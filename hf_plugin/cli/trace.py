@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +26,7 @@ def trace(
         raise ValueError(f"no prompts in {', '.join(map(str, prompts))}; write one on each line")
     hide_progress_of_libraries()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = moebius.patch(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), device=device)
+    loaded: Any = moebius.patch(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), device=device)
     tokens = 0
     with progress_bar("trace") as update, recording(loaded) as recorder:
         for number, (group, text) in enumerate(texts):
