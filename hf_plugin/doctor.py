@@ -210,7 +210,7 @@ def make_plan(
 
 
 def _plan_transformers(transformers: Finding) -> Component:
-    used = "experts interface" if transformers.usable else "nothing: patch raises"
+    used = "the experts modules of its models" if transformers.usable else "nothing: patch raises"
     return Component("transformers", used, not transformers.usable, transformers.reason)
 
 
