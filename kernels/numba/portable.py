@@ -11,18 +11,14 @@ from moebius.kernels.numba.memory import peek, poke, reserve, size_of, widen
 from moebius.kernels.numba.simd import LANES, load, store, store_fours
 from moebius.kernels.numba.tiles import dot1x1, dot2x4, dot4x4
 from moebius.kernels.numba.units import (
-    CONTRACT,
-    NONE,
-    PREPARE,
     ROWS,
     activate,
     add_output,
     entry_of,
     inner_of,
     input_of,
-    next_unit,
+    make_work,
     part,
-    report,
     source_of,
     word,
 )
@@ -151,22 +147,7 @@ def contract(job, layer, start, columns, element):  # type: ignore[no-untyped-de
                 add_output(job, layer, expert, pair + j, start, stop, y + j * _PITCH, element)
 
 
-@helper
-def work(job, element):  # type: ignore[no-untyped-def]
-    """Take and compute units until none is left. `element` tells the weights' type (see `simd`)."""
-    layer = word(job, words.LAYER)
-    while True:
-        phase, place, size = next_unit(job, layer)
-        if phase == CONTRACT:
-            contract(job, layer, place, size, element)
-        elif phase == NONE:
-            return
-        else:
-            if phase == PREPARE:
-                prepare(job, layer, place, element)
-            else:
-                expand(job, layer, place, size, element)
-            report(job)
+work = make_work(prepare, expand, contract)  # (job, element); `element` tells the weights' type (see `simd`)
 
 
 @entry("void(int64)", callback=True)

@@ -12,18 +12,14 @@ from moebius.kernels.numba.integers import INT4, INT8
 from moebius.kernels.numba.jit import entry, helper
 from moebius.kernels.numba.memory import poke, reserve
 from moebius.kernels.numba.units import (
-    CONTRACT,
-    NONE,
-    PREPARE,
     ROWS,
     activate,
     add_output,
     entry_of,
     inner_of,
     input_of,
-    next_unit,
+    make_work,
     part,
-    report,
     word,
 )
 
@@ -141,22 +137,7 @@ def _multiply_few(here, then, rows, n, job, batch, count, inner, target, element
             ahead, ahead_scales = codes, scales  # asked for once
 
 
-@helper
-def work(job, element):  # type: ignore[no-untyped-def]
-    """Take and compute units until none is left. `element` tells the weights' type (see `integers`)."""
-    layer = word(job, words.LAYER)
-    while True:
-        phase, place, size = next_unit(job, layer)
-        if phase == CONTRACT:
-            contract(job, layer, place, size, element)
-        elif phase == NONE:
-            return
-        else:
-            if phase == PREPARE:
-                prepare(job, layer, place, element)
-            else:
-                expand(job, layer, place, size, element)
-            report(job)
+work = make_work(prepare, expand, contract)  # (job, element); `element` tells the weights' type (see `integers`)
 
 
 @entry("void(int64)", callback=True)

@@ -75,6 +75,34 @@ def next_unit(job, layer):  # type: ignore[no-untyped-def]
     return CONTRACT, start, columns
 
 
+def make_work(prepare, expand, contract):  # type: ignore[no-untyped-def]
+    """The function by which a thread takes and computes units of a job until none is left.
+
+    Args:
+        prepare: makes (job, layer, place, element) ready what both phases read.
+        expand: (job, layer, place, size, element), a unit of phase 1.
+        contract: (job, layer, place, size, element), a unit of phase 2.
+    """
+
+    @helper
+    def work(job, element):  # type: ignore[no-untyped-def]
+        layer = word(job, words.LAYER)
+        while True:
+            phase, place, size = next_unit(job, layer)
+            if phase == CONTRACT:
+                contract(job, layer, place, size, element)
+            elif phase == NONE:
+                return
+            else:
+                if phase == PREPARE:
+                    prepare(job, layer, place, element)
+                else:
+                    expand(job, layer, place, size, element)
+                report(job)
+
+    return work
+
+
 @helper
 def report(job):  # type: ignore[no-untyped-def]
     """A unit of the first two phases is complete."""
