@@ -12,7 +12,6 @@ import torch
 from moebius.cpu_experts.crew import shared
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import Act
 from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_bytes
 from moebius.kernels.routes import Routes
 
@@ -58,7 +57,7 @@ class CpuExecutor:
         with self._turn:
             if self._closed:
                 raise RuntimeError("this CpuExecutor is closed; create another")
-            if _needs_torch(store):
+            if store.spec.torch_code:
                 _run_torch(store, x, routes, out)
             else:
                 self._run_kernels(store, x, routes, out)
@@ -94,11 +93,6 @@ def _run_torch(store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.T
     with torch.inference_mode():
         weights = [store.weights(int(expert)) for expert in routes.experts]
         reference.moe_forward(store.spec, weights, x, routes, out)
-
-
-def _needs_torch(store: ExpertStore) -> bool:
-    spec = store.spec
-    return spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None
 
 
 _executors: weakref.WeakSet[CpuExecutor] = weakref.WeakSet()

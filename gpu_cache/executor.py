@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
+from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import unpack
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import Routes
@@ -27,8 +27,7 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
     Raises:
         RuntimeError: Triton is needed and not installed.
     """
-    own_code = spec.activation.kind == Act.CUSTOM or spec.post_norm is not None
-    if own_code or (device.type == "cpu" and not interpreted()):
+    if spec.torch_code or (device.type == "cpu" and not interpreted()):
         return partial(run_reference, spec, layout)
     if find_spec("triton") is None:
         raise RuntimeError(

@@ -112,7 +112,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
         pairs = routes.counts
         counters.hits += int(pairs[hit].sum())
         counters.misses += int(pairs[~hit].sum())
-        _fetch(tier, index, routes, slots)
+        _fetch(tier, index, routes.experts, pairs, slots)
         resident = slots >= 0
         launch = None
         if resident.any():
@@ -121,7 +121,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
         if not resident.all():
             rest = select(routes, ~resident)
             took = _on_cpu(runtime, layer, step, rest, out)
-            tier.costs.cpu.observe(rest.counts, took * 1e6)
+            tier.costs.cpu.observe(pairs[~resident], took * 1e6)
         if launch is None:
             merged = out.to(step.x.device, step.x.dtype)
         else:
@@ -142,15 +142,14 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, routes: Rout
     return took
 
 
-def _fetch(tier: Tier, index: int, routes: Routes, slots: np.ndarray) -> None:
+def _fetch(tier: Tier, index: int, experts: np.ndarray, pairs: np.ndarray, slots: np.ndarray) -> None:
     """Bring in those misses that finish earlier on the device; their slots are entered into `slots`."""
     missing = np.flatnonzero(slots < 0)
     if not len(missing):
         return
-    pairs = routes.counts
     chosen = missing[tier.costs.fetch(pairs[missing], pairs[slots >= 0])]
     if len(chosen):
-        slots[chosen] = tier.cache.fetch(index, routes.experts[chosen])
+        slots[chosen] = tier.cache.fetch(index, experts[chosen])
 
 
 def _merge(

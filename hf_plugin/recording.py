@@ -14,7 +14,6 @@ class Recorder:
     """Collects the routing of decode steps (one token a call) of all layers; prompts are not recorded.
 
     Args:
-        layers: number of layers L.
         experts: number of experts E of each of them, [L].
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, R
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
-
-logger = logging.getLogger(__name__)
 
 # Left free on the device by gpu_memory="auto": room for the KV cache and activations of a few thousand tokens.
 AUTO_RESERVE = 0.1  # of the free memory,
@@ -218,9 +215,14 @@ class ModelRuntime:
 
     def _notes(self) -> list[str]:
         layers = [layer for reference in self.layers if (layer := reference()) is not None]
-        if isinstance(self.predictor, NoPrediction):
-            return []
-        return [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
+        notes = [
+            f"{layer.name}: experts run as torch code, since their activation or norm has no kernel"
+            for layer in layers
+            if layer.store.spec.torch_code
+        ]
+        if not isinstance(self.predictor, NoPrediction):
+            notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
+        return notes
 
     def count_launch(self, index: int) -> None:
         """Add the device time of the layer's last launch, once it is known, and refine the cost of experts there."""

@@ -71,6 +71,11 @@ class ExpertSpec:
     custom: Callable[[torch.Tensor], torch.Tensor] | None = None
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
 
+    @property
+    def torch_code(self) -> bool:
+        """Whether the module's own torch code takes part, so that no compiled kernel can compute these experts."""
+        return self.activation.kind == Act.CUSTOM or self.custom is not None or self.post_norm is not None
+
 
 class ExpertWeights(NamedTuple):
     """Views of an expert's weights; absent parts are None. Shapes: [I, H], [I, H], [H, I], [I], [I], [H].

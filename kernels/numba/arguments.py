@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moebius.kernels.experts import Act, ExpertSpec, RecordLayout
+from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.numba import portable, quantized, words
 from moebius.kernels.numba.groups import vector_bytes
 from moebius.kernels.numba.jit import Entry
@@ -63,7 +63,7 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
     Raises:
         ValueError: an activation that has no kernel, or records of another shape.
     """
-    if spec.activation.kind == Act.CUSTOM or spec.custom is not None or spec.post_norm is not None:
+    if spec.torch_code:
         raise ValueError("custom activations and norms of expert outputs have no CPU kernel; they are torch code")
     if layout != RecordLayout.of(spec, layout.format):
         raise ValueError(f"the record layout {layout} does not belong to experts of {spec}")

@@ -122,3 +122,10 @@ def test_refusal_names_what_the_model_is() -> None:
         moebius.patch(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="expert options in its configuration"):
         moebius.patch(zoo.build("jetmoe"))
+
+
+def test_experts_without_a_kernel_are_named_in_the_statistics() -> None:
+    """A norm after each expert leaves all of the layer to torch, which nobody would see otherwise."""
+    for name, expected in (("muse_spark", 2), ("qwen3_moe", 0)):
+        model = moebius.patch(zoo.build(name), device="cpu")
+        assert sum("torch code" in note for note in moebius.stats(model).notes) == expected
