@@ -174,12 +174,12 @@ class Runs:
     def fetch_only(self, format: str, budget: float) -> None:
         """Every miss crosses the link and is computed on the device."""
         [runtime] = runtimes(self.model)
-        former = runtime.tier.costs
-        runtime.tier.costs = FetchAll(former.cpu, former.gpu, former.upload_us)
+        tier = runtime.tiers[0]
+        former, tier.costs = tier.costs, FetchAll(tier.costs.cpu, tier.costs.gpu, tier.costs.upload_us)
         try:
             self.row("fetch only", format, budget)
         finally:
-            runtime.tier.costs = former
+            tier.costs = former
 
     def accelerate(self, budget: float) -> None:
         """What device_map offers in the same memory: layers that do not fit cross the link for each token."""

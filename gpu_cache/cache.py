@@ -39,7 +39,7 @@ class ExpertCache:
 
     Args:
         device: from `open_device`; the cache closes it.
-        layers: all layers of the model that the cache serves, numbered in this order.
+        layers: all layers of the model, numbered in this order; None for one that another device's cache serves.
         budget: bytes of device memory for slots.
         policy: a name in `policy.POLICIES`.
 
@@ -47,24 +47,27 @@ class ExpertCache:
         ValueError: the budget does not hold one record of each size, or the policy is unknown.
     """
 
-    def __init__(self, device: Device, layers: Sequence[CachedLayer], budget: int, policy: str = "lru") -> None:
+    def __init__(self, device: Device, layers: Sequence[CachedLayer | None], budget: int, policy: str = "lru") -> None:
         self.device: Device = device
-        self._records = [layer.records for layer in layers]
-        self._groups = _by_record_size(layers)
+        served = {number: layer for number, layer in enumerate(layers) if layer is not None}
+        self._records = {number: layer.records for number, layer in served.items()}
+        self._groups = _by_record_size(self._records)
         self._policies = [make_policy(policy, [len(self._records[i]) for i in group]) for group in self._groups]
         self.counters: Counters = Counters.zeros(len(layers))
         self._home: dict[int, tuple[int, int]] = {  # of each layer: its pool, its number there
             layer: (pool, local) for pool, group in enumerate(self._groups) for local, layer in enumerate(group)
         }
         self._pinned: dict[int, list[np.ndarray]] = {}
-        self._executors = [make_executor(layer.spec, layer.layout, device.torch_device) for layer in layers]
+        self._executors = {
+            number: make_executor(layer.spec, layer.layout, device.torch_device) for number, layer in served.items()
+        }
         slots = self._divide(budget)
         undo: list[Callable[[], None]] = []
         self._give_back = weakref.finalize(self, _run_all, undo)  # also where nobody calls close
         undo.append(device.close)
         try:
             self._pools = self._make_pools(slots)
-            for records in self._records:
+            for records in self._records.values():
                 if device.pin(records):
                     undo.insert(1, partial(device.unpin, records))
         except BaseException:
@@ -205,6 +208,11 @@ class ExpertCache:
             policy.price = value
 
     @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that it serves, ascending."""
+        return sorted(self._home)
+
+    @property
     def slots(self) -> int:
         """Slots in all pools."""
         return sum(pool.table.slots for pool in self._pools)
@@ -217,7 +225,7 @@ class ExpertCache:
     @property
     def resident(self) -> np.ndarray:
         """Visible experts of each layer, int64 [L]."""
-        counts = np.zeros(len(self._records), np.int64)
+        counts = np.zeros_like(self.counters.uploads)
         for pool, group in zip(self._pools, self._groups, strict=False):
             counts[group] = pool.resident()
         return counts
@@ -270,10 +278,10 @@ class ExpertCache:
         self._pools = []  # their memory, before new memory is asked for
 
 
-def _by_record_size(layers: Sequence[CachedLayer]) -> list[list[int]]:
+def _by_record_size(records: dict[int, torch.Tensor]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
-    for number, layer in enumerate(layers):
-        groups.setdefault(layer.records.shape[1], []).append(number)
+    for number, of_layer in records.items():
+        groups.setdefault(of_layer.shape[1], []).append(number)
     return list(groups.values())
 
 

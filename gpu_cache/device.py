@@ -59,6 +59,11 @@ class Device(ABC):
 
     torch_device: torch.device
 
+    @property
+    def name(self) -> str:
+        """As in `open_device`."""
+        return str(self.torch_device)
+
     @abstractmethod
     def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
         """A pool of slots, uint8 [slots, nbytes], not initialised."""
@@ -117,6 +122,11 @@ def open_device(name: str, emulated_link: float | None = None) -> Device:
     from moebius.gpu_cache.accelerator import AcceleratorDevice
 
     return AcceleratorDevice(_find(name))
+
+
+def full_name(name: str) -> str:
+    """The name with its number, "cuda:0" for "cuda"; errors as `open_device`."""
+    return name if name == "emulated" else str(_find(name))
 
 
 def _find(name: str) -> torch.device:

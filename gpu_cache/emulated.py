@@ -21,6 +21,7 @@ class EmulatedDevice(Device):
     """
 
     torch_device = torch.device("cpu")
+    name = "emulated"
 
     def __init__(self, link: float | None = None) -> None:
         if link is not None and not link > 0:

@@ -26,23 +26,25 @@ BUDGET_S = 1.5  # the whole measurement stays below two seconds; compiling kerne
 def calibrate(
     executor: CpuExecutor, cache: ExpertCache, stores: Sequence[ExpertStore], device: torch.device
 ) -> CostModel:
-    """Time the first layer's experts, which stand for all of them, and refine while running.
+    """Time the experts of the cache's first layer, which stand for all of them, and refine while running.
 
     The experts fetched for this stay in the cache, as a first guess as good as any.
     """
-    store = stores[0]
+    layer = cache.layers[0]
+    store = stores[layer]
     deadline = perf_counter() + BUDGET_S
     experts = np.arange(min(EXPERTS, store.num_experts, cache.slots), dtype=np.int32)
-    upload_us = _uploads(cache, experts)
+    upload_us = _uploads(cache, layer, experts)
     cpu = _cost(deadline, lambda tokens: _cpu(executor, store, experts, tokens))
-    slots = cache.lookup(0, experts)
+    slots = cache.lookup(layer, experts)
     try:
         ready = slots >= 0
         gpu = replace(cpu)
         if ready.any():
-            gpu = _cost(deadline, lambda tokens: _gpu(cache, store, experts[ready], slots[ready], tokens, device))
+            there = experts[ready], slots[ready]
+            gpu = _cost(deadline, lambda tokens: _gpu(cache, layer, store, *there, tokens, device))
     finally:
-        cache.finish(0)
+        cache.finish(layer)
     return CostModel(cpu, gpu, upload_us)
 
 
@@ -75,19 +77,25 @@ def _cpu(executor: CpuExecutor, store: ExpertStore, experts: np.ndarray, tokens:
 
 
 def _gpu(
-    cache: ExpertCache, store: ExpertStore, experts: np.ndarray, slots: np.ndarray, tokens: int, device: torch.device
+    cache: ExpertCache,
+    layer: int,
+    store: ExpertStore,
+    experts: np.ndarray,
+    slots: np.ndarray,
+    tokens: int,
+    device: torch.device,
 ) -> float:
     x = torch.zeros(tokens, store.spec.hidden, dtype=store.layout.dtype, device=device)
     begun = perf_counter()
-    launch = cache.launch(0, x, _routes(experts, tokens), slots)
+    launch = cache.launch(layer, x, _routes(experts, tokens), slots)
     launch.result()
     launch.completion.wait()
     return (perf_counter() - begun) * 1e6 / len(experts)
 
 
-def _uploads(cache: ExpertCache, experts: np.ndarray) -> float:
+def _uploads(cache: ExpertCache, layer: int, experts: np.ndarray) -> float:
     """Microseconds of a copy, by the device's own clock: policies compile when they are first asked for a slot."""
-    cache.fetch(0, experts)
+    cache.fetch(layer, experts)
     cache.drain()
-    cache.finish(0)
+    cache.finish(layer)
     return median(cache.copy_times())

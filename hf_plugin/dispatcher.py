@@ -36,7 +36,7 @@ class Launched(NamedTuple):
 
 @dataclass(slots=True)
 class Tier:
-    """The GPU side of a model: its cache, where that is, and what experts cost there and on the CPU."""
+    """One device's share of a model: its cache, where that is, and what experts cost there and on the CPU."""
 
     cache: ExpertCache
     device: torch.device
@@ -82,13 +82,14 @@ def run_layer(
     counters = runtime.counters[layer.index]
     counters.tokens += layer.tokens(len(x))
     out = torch.zeros(host_x.shape, dtype=torch.float32)
-    if runtime.tier is None:
+    tier = runtime.tiers.get(layer.index)
+    if tier is None:
         counters.misses += len(routes.tokens)
         _on_cpu(runtime, layer, step, routes, out)
         return out.to(x.device, x.dtype)
-    _judge_prediction(runtime, runtime.tier, layer.index, routes)
+    _judge_prediction(runtime, tier, layer.index, routes)
     layer.gate.settle(x, ids)
-    return _on_both(runtime, runtime.tier, layer, step, out)
+    return _on_both(runtime, tier, layer, step, out)
 
 
 def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
@@ -117,7 +118,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
         launch = None
         if resident.any():
             launch = cache.launch(index, step.x.to(tier.device), select(routes, resident), slots[resident])
-        _prefetch(runtime, tier, index, step.x)
+        _prefetch(runtime, index, step.x)
         if not resident.all():
             rest = select(routes, ~resident)
             took = _on_cpu(runtime, layer, step, rest, out)
@@ -163,11 +164,12 @@ def _merge(
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 
-def _prefetch(runtime: ModelRuntime, tier: Tier, index: int, x: torch.Tensor) -> None:
-    """Foresee the next layer's experts and bring in those that are absent."""
+def _prefetch(runtime: ModelRuntime, index: int, x: torch.Tensor) -> None:
+    """Foresee the next layer's experts and bring in those that are absent, wherever that layer computes."""
     predicted = runtime.predictor.predict(index, x)
     if predicted is None:
         return
+    tier = runtime.tiers[index + 1]
     predicted = predicted[(predicted >= 0) & (predicted < runtime.stores[index + 1].num_experts)]
     resident = tier.cache.visible(index + 1, predicted)
     tier.predictions.of_layer[index + 1] = (predicted, resident)

@@ -56,7 +56,7 @@ class PatchedLayer:
         self.gate = LayerGate(parent, site.params.num_experts)
         self._convention, self._identity_experts = site.convention, site.identity_experts
         self._arguments = _argument_names(site.module)
-        self._module_ref, self._owner_ref = ref(site.module), ref(site.owner)
+        self._module_ref, self._owner_ref, self._parent_ref = ref(site.module), ref(site.owner), ref(parent)
         self._former_forward = site.module.__dict__.get("forward", _MISSING)
         self.held: HeldWeights = twin.held if twin is not None else HeldWeights(site, format, keep)
         self._spec = site.spec
@@ -98,6 +98,9 @@ class PatchedLayer:
     def _owner(self) -> nn.Module:
         return _alive(self._owner_ref)
 
+    def _parent(self) -> nn.Module:
+        return _alive(self._parent_ref)
+
     # ---- running
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -130,6 +133,12 @@ class PatchedLayer:
     def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed experts' weighted outputs, [T, H] in the dtype of `hidden`; no gradients."""
         return self.runtime.run(self, hidden, ids, weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is called: where the weights beside the experts are, else where the experts' were."""
+        others = (p.device for p in self._parent().parameters() if p.device.type != "meta")
+        return next(others, self.held.device)
 
     def tokens(self, rows: int) -> int:
         """Tokens that a call with so many rows of hidden states stands for."""
@@ -182,6 +191,7 @@ class PatchedLayer:
         memo[id(self)] = new
         new.__dict__.update(self.__dict__)
         new._module_ref, new._owner_ref = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
+        new._parent_ref = ref(memo.get(id(self._parent()), new._module()))
         new.held = copy.deepcopy(self.held, memo)
         new.gate = self.gate.copied(memo)
         new._spec = replace(self._spec, post_norm=copy.deepcopy(self._spec.post_norm, memo))

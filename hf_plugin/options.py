@@ -21,9 +21,11 @@ class Options:
     Args:
         device: where the expert cache lives: "cuda", "cuda:1", "cpu" (no cache, all experts on the CPU), "emulated"
             (the GPU's code path on CPU tensors) or "auto" (a GPU if there is one, else the CPU). The rest of the model
-            moves to a GPU that is chosen here.
+            moves to a GPU that is chosen here. A model that is spread over several GPUs already stays so: unless a
+            number is given, every layer has its cache on the GPU where it computes.
         gpu_memory: bound of the expert cache: bytes (int), "8GiB", "25%" or 0.25 (of all expert bytes), or "auto"
-            (the free device memory minus a reserve for KV cache and activations).
+            (the free device memory minus a reserve for KV cache and activations). With several GPUs it holds for each,
+            and a fraction is one of the experts there.
         expert_format: "native" keeps the experts' dtype; "fp32", "bf16", "fp16", "int8" (8.5 bits a weight) or "int4"
             (4.5 bits) store them so in host memory and cache. A format that would change a weight needs
             `keep_original`, or `moebius.from_pretrained`, which reads the originals from the checkpoint.

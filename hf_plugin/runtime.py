@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,21 +15,17 @@ import torch
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
-from moebius.gpu_cache.cache import CachedLayer, ExpertCache
-from moebius.gpu_cache.device import default_device, open_device
-from moebius.hf_plugin.calibration import calibrate
+from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.dispatcher import Tier, run_layer
-from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.recording import Recorder
-from moebius.hf_plugin.stats import LayerStats, Stats
+from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
+from moebius.hf_plugin.tiers import budget, distinct, open_tiers
 from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
-
-# Left free on the device by gpu_memory="auto": room for the KV cache and activations of a few thousand tokens.
-AUTO_RESERVE = 0.1  # of the free memory,
-AUTO_RESERVE_BYTES = 1 << 30  # and this much
 
 
 class ModelRuntime:
@@ -52,7 +47,7 @@ class ModelRuntime:
         self._names = list(names)
         self._patched = len(names)
         self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
-        self.tier: Tier | None = None
+        self.tiers: dict[int, Tier] = {}  # of each layer; layers on one device share one
         self.recorder: Recorder | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
@@ -68,52 +63,28 @@ class ModelRuntime:
     # ---- lifetime
 
     def open(self) -> None:
-        """Open the cache, if this model has one, and measure what experts cost here.
+        """Open the caches, if this model has any, and measure what experts cost here.
 
         Raises:
             ValueError: the budget is too small or exceeds the device.
             RuntimeError: there is no such device.
         """
-        if self.options.device == "cpu":
-            return
-        with ExitStack() as undo:
-            device = open_device(self.options.device, self.options.emulated_link)
-            undo.callback(device.close)
-            layers = [CachedLayer(store.spec, store.layout, store.records) for store in self.stores]
-            cache = ExpertCache(device, layers, self._budget(device.free_memory()), self.options.cache_policy)
-            undo.callback(cache.close)
-            costs = calibrate(self.executor, cache, self.stores, device.torch_device)
-            undo.pop_all()
-        cache.counters.reset()
-        cache.price = costs.price
-        self.tier, self._stale = Tier(cache, device.torch_device, costs), False
+        if self.options.device != "cpu":
+            self.tiers = open_tiers(self.options, self.executor, self.stores, self._places())
+            self._stale = False
 
-    def _budget(self, free: int) -> int:
-        total = sum(store.nbytes for store in self.stores)
-        wanted = parse_memory(self.options.gpu_memory, total)
-        if wanted is None:
-            wanted = min(total, int(free * (1 - AUTO_RESERVE)) - AUTO_RESERVE_BYTES)
-            if wanted < max(store.layout.nbytes for store in self.stores):
-                raise ValueError(
-                    f'gpu_memory="auto" finds no room for experts: {free / 2**30:.2f} GiB are free on '
-                    f"{self.options.device} and about 1 GiB is left for the KV cache; give gpu_memory, or device='cpu'"
-                )
-        if min(wanted, total) > free:
-            raise ValueError(
-                f"gpu_memory={self.options.gpu_memory!r} asks for {min(wanted, total) / 2**30:.2f} GiB of experts, but "
-                f"{free / 2**30:.2f} GiB are free on {self.options.device}; give less, or 'auto'"
-            )
-        return wanted
+    def _places(self) -> list[torch.device]:
+        return [torch.device("cpu") if (layer := ref()) is None else layer.device for ref in self.layers]
 
     def close(self) -> None:
         """Give back slots, threads and pinned memory. Idempotent."""
         with self.lock:
-            self._close_tier()
+            self._close_tiers()
             self.executor.close()
 
-    def _close_tier(self) -> None:
-        tier, self.tier = self.tier, None
-        if tier is not None:
+    def _close_tiers(self) -> None:
+        tiers, self.tiers = self.tiers, {}
+        for tier in distinct(tiers):
             tier.cache.close()
 
     def release(self, layer: PatchedLayer) -> None:
@@ -126,7 +97,7 @@ class ModelRuntime:
         """Layer `index` has other records now; the cache is opened anew before its next use."""
         with self.lock:
             self.stores[index] = store
-            self._close_tier()
+            self._close_tiers()
             self._stale = self.options.device != "cpu"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
@@ -160,14 +131,19 @@ class ModelRuntime:
                 raise ValueError("a model on device='cpu' has no cache to resize; patch it with a device that has one")
             former, self.options = self.options, replace(self.options, gpu_memory=gpu_memory)
             try:
-                if self.tier is None:
+                if self._stale:
                     self.open()
                 else:
-                    cache = self.tier.cache
-                    cache.resize(self._budget(cache.free_memory() + cache.nbytes))
+                    sizes = [(tier.cache, self._budget(tier.cache)) for tier in distinct(self.tiers)]
+                    for cache, size in sizes:
+                        cache.resize(size)
             except BaseException:
                 self.options = former
                 raise
+
+    def _budget(self, cache: ExpertCache) -> int:
+        stores = [self.stores[number] for number in cache.layers]
+        return budget(self.options, cache.device.name, stores, cache.free_memory() + cache.nbytes)
 
     # ---- statistics
 
@@ -176,26 +152,23 @@ class ModelRuntime:
         with self.lock:
             self.counters = [LayerStats(name) for name in self._names]
             self.accuracy = [Accuracy() for _ in self._names]
-            if self.tier is not None:
-                self.tier.launches.clear()
-                self.tier.cache.counters.reset()
+            for tier in distinct(self.tiers):
+                tier.launches.clear()
+                tier.cache.counters.reset()
 
     def stats(self) -> Stats:
         """A snapshot of all counters."""
         with self.lock:
             for index in range(len(self._names)):
                 self.count_launch(index)
-            cache = None if self.tier is None else self.tier.cache
             return Stats(
                 self.options.device,
-                self.options.cache_policy if cache else "none",
+                self.options.cache_policy if self.tiers else "none",
                 "none" if isinstance(self.predictor, NoPrediction) else self.options.predictor,
-                cache.slots if cache else 0,
-                cache.nbytes if cache else 0,
                 sum({s.records.data_ptr(): s.nbytes for s in self.stores}.values()),
                 [self._layer_stats(i) for i in range(len(self._names))],
+                [_cache_stats(tier) for tier in distinct(self.tiers)],
                 self._notes(),
-                {} if self.tier is None else self.tier.costs.to_dict(),
             )
 
     def _layer_stats(self, index: int) -> LayerStats:
@@ -208,8 +181,8 @@ class ModelRuntime:
             "predicted_absent": accuracy.absent,
             "predicted_absent_right": accuracy.absent_right,
         }
-        if self.tier is not None:
-            counters = self.tier.cache.counters
+        if (tier := self.tiers.get(index)) is not None:
+            counters = tier.cache.counters
             values |= {f.name: getattr(counters, f.name)[index].item() for f in fields(counters)}
         return LayerStats(**values)
 
@@ -226,7 +199,7 @@ class ModelRuntime:
 
     def count_launch(self, index: int) -> None:
         """Add the device time of the layer's last launch, once it is known, and refine the cost of experts there."""
-        tier = self.tier
+        tier = self.tiers.get(index)
         if tier is None or index not in tier.launches:
             return
         launch, tokens = tier.launches[index]
@@ -234,6 +207,11 @@ class ModelRuntime:
             self.counters[index].gpu_ms += took
             tier.costs.gpu.observe(tokens, took * 1e3)
             del tier.launches[index]
+
+
+def _cache_stats(tier: Tier) -> CacheStats:
+    cache = tier.cache
+    return CacheStats(cache.device.name, len(cache.layers), cache.slots, cache.nbytes, tier.costs.to_dict())
 
 
 def _gate_of(layers: list[ref[PatchedLayer]], index: int) -> Gate | None:

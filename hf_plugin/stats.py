@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -72,6 +72,25 @@ def total(layers: Iterable[LayerStats]) -> LayerStats:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One device's cache.
+
+    Args:
+        device: its name; a model spread over several devices has a cache on each.
+        layers: how many layers it serves.
+        slots: experts that it can hold.
+        cache_bytes: bytes of all slots.
+        costs: what the dispatcher now reckons with there, in microseconds (see `CostModel.to_dict`).
+    """
+
+    device: str
+    layers: int
+    slots: int
+    cache_bytes: int
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of a patched model's counters; `str()` gives a table, `to_dict()` plain data.
 
@@ -79,23 +98,34 @@ class Stats:
         device: where the cache lives ("cpu" means there is none).
         policy: the cache policy's name.
         predictor: the routing predictor's name.
-        slots: experts that the cache can hold.
-        cache_bytes: bytes of all slots.
         expert_bytes: bytes of all experts in host memory.
         layers: counters of each layer.
+        caches: the cache of each device.
         notes: what a reader should know: fallbacks, layers without prediction, each with its reason.
-        costs: what the dispatcher now reckons with, in microseconds (see `CostModel.to_dict`); empty without a cache.
     """
 
     device: str
     policy: str
     predictor: str
-    slots: int
-    cache_bytes: int
     expert_bytes: int
     layers: list[LayerStats]
+    caches: list[CacheStats] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> int:
+        """Experts that all caches can hold."""
+        return sum(cache.slots for cache in self.caches)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(cache.cache_bytes for cache in self.caches)
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What the dispatcher reckons with on the first device; empty without a cache."""
+        return dict(self.caches[0].costs) if self.caches else {}
 
     @property
     def sums(self) -> LayerStats:
@@ -105,7 +135,8 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """Sums at the top, then `layers`: the same counters for each layer, and what the table's title says."""
         facts = {name: getattr(self, name) for name in ("device", "policy", "predictor", "slots", "cache_bytes")}
-        facts |= {"expert_bytes": self.expert_bytes, "notes": list(self.notes), "costs": dict(self.costs)}
+        facts |= {"expert_bytes": self.expert_bytes, "notes": list(self.notes), "costs": self.costs}
+        facts["caches"] = [asdict(cache) for cache in self.caches]
         rows = [{"name": layer.name, **_counters(layer)} for layer in self.layers]
         # every layer sees every token, so that the sum over layers would count each of them many times
         return {**_counters(self.sums), "tokens": max((r["tokens"] for r in rows), default=0), **facts, "layers": rows}

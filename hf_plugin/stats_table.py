@@ -33,6 +33,10 @@ def render(stats: Stats) -> str:
     """The statistics as text, one row a layer and one for the sum, `WIDTH` columns wide."""
     console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)
     console.print(table(stats))
+    if len(stats.caches) > 1:
+        for cache in stats.caches:
+            size = f"{cache.slots} slots, {cache.cache_bytes / 2**20:.1f} MiB"
+            console.print(f"{cache.device}: {cache.layers} layers, {size}", markup=False, highlight=False)
     for note in stats.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ def test_launch_times_refine_the_gpu_cost():
     with helpers.patched(model, **helpers.EMULATED):
         helpers.greedy(model, helpers.prompt(model, 1))
         runtime = _runtime(model)
-        tier, tokens = runtime.tier, np.array([2, 1])
+        tier, tokens = runtime.tiers[0], np.array([2, 1])
         tier.costs.gpu = ExpertCost(10.0, 1.0)
         for _ in range(100):
             tier.launches[0] = Launched(EndedLaunch(0.230), tokens)
@@ -89,7 +89,7 @@ def test_costs_are_shown():
     model = zoo.build("qwen3_moe")
     with helpers.patched(model, **helpers.EMULATED | {"emulated_link": 0.1}):
         helpers.greedy(model, helpers.prompt(model, 1))
-        _runtime(model).tier.cache.drain()
+        _runtime(model).tiers[0].cache.drain()
         stats = moebius.stats(model).to_dict()
     assert stats["costs"].keys() == {"upload_us", "price", "cpu_us", "cpu_token_us", "gpu_us", "gpu_token_us"}
     assert all(value >= 0 for value in stats["costs"].values())

@@ -363,7 +363,7 @@ def test_everything_resident_needs_no_cpu() -> None:
 
 def _settle(model: PreTrainedModel) -> None:
     [first, *_] = helpers.experts_modules(model)
-    vars(first)["_moebius"].runtime.tier.cache.drain()
+    vars(first)["_moebius"].runtime.tiers[0].cache.drain()
 
 
 def test_statistics_start_anew() -> None:

@@ -161,7 +161,7 @@ def test_an_error_of_the_copy_thread_reaches_the_caller(monkeypatch: pytest.Monk
             with pytest.raises(RuntimeError, match=r"uploading expert .* failed") as error:
                 _many_forwards(model, ids)
             assert isinstance(error.value.__cause__, BrokenError)
-            _runtime(model).tier.cache._pools[0].settle()
+            _runtime(model).tiers[0].cache._pools[0].settle()
         with suppress(RuntimeError):  # copies that failed after the first are reported once
             logits(model, ids)
         for _ in range(3):
