@@ -3,6 +3,9 @@
 One model is loaded and patched and unpatched in turn: every round visits every variant, so that a change of the
 machine's speed meets all of them. After each patch a few untimed tokens are generated (kernels compile, caches fill).
 All variants continue the same prompt greedily, and their tokens are compared with stock's.
+
+A variant is a name of `VARIANTS`, with an expert format after a colon where it is not to be the model's own:
+``stock,moebius,moebius:int4``. Such variants keep the original experts in host memory beside their own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import moebius
 from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
+from moebius.kernels.experts import FLOATS, FORMATS
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,
@@ -40,12 +44,14 @@ METHOD = "one model, patched and unpatched in turn"
 class Row:
     """One variant; times and speeds are medians over the rounds, memory is the largest of them.
 
+    ``expert_format`` is what the experts' weights are stored in, for stock the name of its dtype.
     ``p20`` and ``p80`` are percentiles of the decode speed (tokens/s) over the single steps of all rounds.
     ``peak_rss_bytes`` is the process's while generating. Where `same_tokens` is false, `first_difference` is the first
     position that differs from stock's text and `stock_margin` the distance of stock's two best logits there.
     """
 
     variant: str
+    expert_format: str
     ttft_s: float
     decode_tok_s: float
     p20: float
@@ -85,13 +91,13 @@ def run(
     Args:
         model: unpatched; so it is again at the end.
         prompt: int64 [1, P].
-        variants: of `VARIANTS`.
+        variants: of `VARIANTS`, some with ``:<format>`` behind.
         new_tokens: tokens after the prompt, at least 2.
-        options: of `moebius.patch`, for every patched variant.
+        options: of `moebius.patch`, for every patched variant; `expert_format` for those that name none.
         progress: called with a step's name and the fraction done of the whole.
 
     Raises:
-        ValueError: an unknown variant, or too few tokens or rounds.
+        ValueError: an unknown variant or format, or too few tokens or rounds.
     """
     check_settings(variants, new_tokens, rounds)
     progress("stock, for comparison", 0.0)
@@ -102,30 +108,53 @@ def run(
             progress(f"round {turn + 1} of {rounds}, {name}", (turn * len(variants) + i) / (rounds * len(variants)))
             with _variant(model, name, options):
                 _one_round(model, prompt, new_tokens, runs[name])
-    return [_row(name, model, prompt, expected, runs[name]) for name in variants]
+    return [_row(name, _format_of(name, model, options), model, prompt, expected, runs[name]) for name in variants]
 
 
 def check_settings(variants: list[str], new_tokens: int, rounds: int) -> None:
     """Refuse what cannot be measured, before a model is loaded."""
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown or not variants:
-        raise ValueError(f"variants {', '.join(unknown) or '(none)'} are unknown; choose of {', '.join(VARIANTS)}")
+    if not variants:
+        raise ValueError(f"no variants are given; choose of {', '.join(VARIANTS)}")
+    for name in variants:
+        _settings_of(name, {})
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"{new_tokens} new tokens and {rounds} rounds give no decode speed; use 2 and 1 or more")
+
+
+def _settings_of(variant: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Options of `moebius.patch` for a variant, None for stock."""
+    name, colon, format = variant.partition(":")
+    if name not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; choose of {', '.join(VARIANTS)}, or <variant>:<format>")
+    own = VARIANTS[name]
+    if colon and (own is None or format not in FORMATS):
+        raise ValueError(
+            f"variant {variant!r} has no such expert format; put one of {', '.join(FORMATS)} behind a patched variant"
+        )
+    if own is None:
+        return None
+    chosen = {**options, **own} | ({"expert_format": format} if colon else {})
+    return chosen | {"keep_original": chosen.get("expert_format", "native") != "native"}
 
 
 @contextmanager
 def _variant(model: PreTrainedModel, name: str, options: dict[str, Any]) -> Iterator[None]:
     """The model patched as the variant says, for the length of the block."""
-    own = VARIANTS[name]
-    if own is None:
+    settings = _settings_of(name, options)
+    if settings is None:
         yield
         return
-    moebius.patch(model, **{**options, **own})
+    moebius.patch(model, **settings)
     try:
         yield
     finally:
         moebius.unpatch(model)
+
+
+def _format_of(variant: str, model: PreTrainedModel, options: dict[str, Any]) -> str:
+    chosen = (_settings_of(variant, options) or {}).get("expert_format", "native")
+    names = {dtype: format for format, dtype in FLOATS.items()}
+    return names.get(model.dtype, str(model.dtype).removeprefix("torch.")) if chosen == "native" else chosen
 
 
 def _one_round(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, runs: _Runs) -> None:
@@ -142,13 +171,14 @@ def _one_round(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, ru
         runs.counts = {name: runs.counts.get(name, 0) + sums[name] for name in ("hits", "misses", "uploads")}
 
 
-def _row(name: str, model: PreTrainedModel, prompt: torch.Tensor, expected: list[int], runs: _Runs) -> Row:
+def _row(name: str, format: str, model: PreTrainedModel, prompt: torch.Tensor, expected: list[int], runs: _Runs) -> Row:
     compared = [compare_with_stock(model, prompt, expected, one.tokens) for one in runs.generations]
     differing = next((one for one in compared if not one.same), Agreement())
     speeds = [1 / seconds for one in runs.generations for seconds in one.step_s]
     low, high = (float(value) for value in np.percentile(speeds, [20, 80]))
     return Row(
         variant=name,
+        expert_format=format,
         ttft_s=round(median(one.first_token_s for one in runs.generations), 6),
         decode_tok_s=round(median(one.decode_tok_s for one in runs.generations), 3),
         p20=round(low, 3),

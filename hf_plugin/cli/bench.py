@@ -15,6 +15,7 @@ from rich.table import Table
 from moebius.hf_plugin import bench_experts, bench_generate, doctor, machine
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
 from moebius.hf_plugin.generation import require_model
+from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import FORMATS
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -32,6 +33,7 @@ EXPERTS_COLUMNS = {
 }
 GENERATE_COLUMNS = {
     "variant": "variant",
+    "expert_format": "experts in",
     "ttft_s": "first token s",
     "decode_tok_s": "tokens/s",
     "p20": "p20",
@@ -71,7 +73,12 @@ def experts(
 @app.command()
 def generate(
     model: Annotated[str | None, typer.Option(help="Folder, hub name or config.json. Default: tests/data.")] = None,
-    variants: Annotated[str, typer.Option(help=f"Of {', '.join(bench_generate.VARIANTS)}.")] = "stock,cpu,emulated",
+    variants: Annotated[
+        str, typer.Option(help=f"Of {', '.join(bench_generate.VARIANTS)}; moebius:int4 names an expert format.")
+    ] = "stock,cpu,emulated",
+    expert_format: Annotated[
+        str, typer.Option(help=f"Of patched variants that name none: native, {', '.join(FORMATS)}.")
+    ] = "native",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -83,20 +90,21 @@ def generate(
     """Whole models, stock and patched in turn: time to first token, decode speed, memory, and equal tokens."""
     names = [name.strip() for name in variants.split(",")]
     bench_generate.check_settings(names, new_tokens, rounds)
+    Options(expert_format=expert_format)  # refuses a wrong one before the model is loaded
     path = require_model(model)
     hide_progress_of_libraries()
     loaded = bench_generate.load(path, dtype)
     prompt = bench_generate.make_prompt(path, loaded, prompt_tokens)
     with progress_bar("generate") as update:
-        rows = bench_generate.run(
-            loaded, prompt, names, new_tokens, rounds, {"gpu_memory": _memory(gpu_memory)}, progress=update
-        )
+        options = {"gpu_memory": _memory(gpu_memory), "expert_format": expert_format}
+        rows = bench_generate.run(loaded, prompt, names, new_tokens, rounds, options, progress=update)
     settings = {
         "model": Path(path).name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "gpu_memory": gpu_memory,
+        "expert_format": expert_format,
         "method": bench_generate.METHOD,
     }
     title = f"{settings['model']}, {settings['dtype']}: {prompt_tokens} + {new_tokens} tokens, {rounds} rounds"

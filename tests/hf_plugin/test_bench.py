@@ -158,6 +158,27 @@ def test_generate_measures_variants_in_turn(
     assert rows[2].hits
 
 
+def test_generate_measures_expert_formats_beside_stock(
+    tiny_moe: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: `cpu:int4` runs in the model's own format, or gives its rounded weights to the variants after it."""
+    before, used, patch = {n: w.clone() for n, w in tiny_moe.state_dict().items()}, [], moebius.patch
+
+    def spy(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        patch(model, **options)
+        [layer, *_] = (m.__dict__["_moebius"] for m in model.modules() if "_moebius" in m.__dict__)
+        used.append(layer.held.store.layout.format)
+        return model
+
+    monkeypatch.setattr(moebius, "patch", spy)
+    options = {"cpu_threads": 1, "expert_format": "bf16"}
+    rows = bench_generate.run(tiny_moe, prompt, ["stock", "cpu:int4", "cpu", "cpu:fp32"], 4, 2, options)
+    assert used == ["int4", "bf16", "fp32"] * 2
+    assert [row.expert_format for row in rows] == ["fp32", "int4", "bf16", "fp32"]
+    assert rows[-1].same_tokens
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_moe.state_dict().items())
+
+
 def test_generate_shows_a_variant_that_writes_another_text(
     tiny_moe: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,10 +211,14 @@ def test_generate_leaves_the_model_unpatched_after_an_error(
 
 
 @pytest.mark.parametrize(
-    ("variants", "new_tokens", "rounds"), [(["stock", "fast"], 4, 1), ([], 4, 1), (["stock"], 1, 1), (["stock"], 4, 0)]
+    ("variants", "new_tokens", "rounds"),
+    [
+        *((["stock", name], 4, 1) for name in ("fast", "fast:int4", "cpu:int3", "cpu:", "stock:int4")),
+        *(([], 4, 1), (["stock"], 1, 1), (["stock"], 4, 0)),
+    ],
 )
 def test_generate_refuses_settings_before_loading(variants: list[str], new_tokens: int, rounds: int) -> None:
-    with pytest.raises(ValueError, match=r"variants|decode speed"):
+    with pytest.raises(ValueError, match=r"variants? |decode speed"):
         bench_generate.check_settings(variants, new_tokens, rounds)
 
 

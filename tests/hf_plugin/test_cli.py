@@ -117,11 +117,13 @@ def test_results_file_says_where_they_come_from(tmp_path: Path) -> None:
         (["bench", "experts", "--shape", "1,2"], "E,H,I,K"),
         (["bench", "experts", "--tokens", "1,x"], "--tokens"),
         (["bench", "generate", "--variants", "stock,fast"], "fast"),
+        (["bench", "generate", "--variants", "stock,cpu:int3"], "int4"),
+        (["bench", "generate", "--expert-format", "int3", "--model", "./nowhere"], "int3"),
         (["bench", "generate", "--model", "./nowhere"], "./nowhere"),
         ([*SMALL_GENERATE, "--variants", "cpu", "--gpu-memory", "lots"], "lots"),
         (["demo", "--model", "/nowhere"], "/nowhere"),
     ],
-    ids=["format", "shape", "tokens", "variant", "model", "memory", "demo model"],
+    ids=["format", "shape", "tokens", "variant", "its format", "experts' format", "model", "memory", "demo model"],
 )
 def test_mistakes_are_said_in_one_line(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A traceback buries the remedy."""
