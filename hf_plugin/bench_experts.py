@@ -20,7 +20,8 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import DEFAULT_CACHE_BYTES, RecordReader
-from moebius.kernels.experts import FORMATS, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.formats import FORMATS
 from moebius.kernels.packing import pack
 from moebius.kernels.reference import expert_forward
 from moebius.kernels.routes import build_routes

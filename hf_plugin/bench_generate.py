@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import moebius
 from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
-from moebius.kernels.experts import FLOATS, FORMATS
+from moebius.kernels.formats import FLOATS, FORMATS
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,

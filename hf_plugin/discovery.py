@@ -12,7 +12,8 @@ from torch import nn
 
 from moebius.hf_plugin.activations import recognise
 from moebius.hf_plugin.adapters import Convention, ExpertParams, convention, expert_params
-from moebius.kernels.experts import FLOATS, Act, Activation, ExpertSpec, ExpertWeights
+from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights
+from moebius.kernels.formats import FLOATS
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import build_routes
 

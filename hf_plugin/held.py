@@ -10,7 +10,8 @@ from torch import nn
 
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.discovery import ExpertsSite
-from moebius.kernels.experts import FLOATS, RecordLayout
+from moebius.kernels.experts import RecordLayout
+from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import pack, unpack
 
 _HOST = torch.empty(0)

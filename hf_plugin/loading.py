@@ -21,7 +21,7 @@ from moebius.hf_plugin.discovery import ExpertsSite, find_sites, verify_once
 from moebius.hf_plugin.layer import PatchedLayer
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.patching import check_budget, format_name, make_layers, make_options, start
-from moebius.kernels.experts import FLOATS
+from moebius.kernels.formats import FLOATS
 
 METHOD = "moebius"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
-from moebius.kernels.experts import FORMATS
+from moebius.kernels.formats import FORMATS
 
 DEVICES = '"auto", "cpu", "cuda", "cuda:<n>" or "emulated"'
 MEMORY_FORMS = 'bytes as an int, a string such as "8GiB" or "25%", a fraction in (0, 1] as a float, or "auto"'

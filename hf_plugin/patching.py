@@ -16,7 +16,8 @@ from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
-from moebius.kernels.experts import FLOATS, RecordLayout
+from moebius.kernels.experts import RecordLayout
+from moebius.kernels.formats import FLOATS
 from moebius.predictors.routing import PREDICTORS
 
 Model = TypeVar("Model", bound=nn.Module)

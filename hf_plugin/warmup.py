@@ -14,7 +14,8 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.options import Options
-from moebius.kernels.experts import FLOATS, ExpertSpec, RecordLayout
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.formats import FLOATS
 from moebius.kernels.routes import build_routes
 
 _SIZE, _EXPERTS = 32, 2

@@ -14,13 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from moebius.kernels.formats import FLOATS, GROUP, SCALES, Coding, coding
+
 RECORD_ALIGNMENT = 64  # bytes: one cache line, so that no two records share one
-
-GROUP = 32  # weights along the input that share a scale in the quantised formats
-
-FLOATS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BITS: dict[str, int] = {"int8": 8, "int4": 4}  # of a quantised weight, beside 16 / GROUP for its share of a scale
-FORMATS: tuple[str, ...] = (*FLOATS, *BITS)
 
 
 class Act(IntEnum):
@@ -105,16 +101,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Byte layout ``[gate|up|down|scales|biases]`` of an expert, the same on every processor.
+    """Byte layout ``[gate|up|down|scales|zero points|biases]`` of an expert, the same on every processor.
 
     Matrices are row-major: gate and up [I, H], down [H, I]. In the float formats parts follow each other without gaps
-    and all have the format's dtype. The quantised formats store a matrix [n, m] as rows of ``g = ceil(m / GROUP)``
-    groups, padded with zeros to whole groups, and one fp16 scale for each group ([n, g], parts ``gate_scale`` and so
-    on); a weight is ``code * scale``:
+    and all have the format's dtype. The others (see `moebius.kernels.formats`) store a matrix [n, m] as rows of
+    ``g = ceil(m / GROUP)`` groups of codes, padded to whole groups, and a scale for each block of weights
+    (parts ``gate_scale`` and so on, [blocks along rows, blocks along columns]), and zero points likewise, uint8:
 
-    - int8: codes in -127..127, int8 [n, 32 g];
-    - int4: codes in -8..7, stored plus 8, uint8 [n, 16 g]; byte j of a group's 16 holds weight j in its low half and
-      weight 16 + j in its high half.
+    - 8-bit codes: uint8 [n, 32 g], as the bits of int8 or of e4m3;
+    - 4-bit codes: uint8 [n, 16 g]; byte j of a group's 16 holds weight j in its low half and weight 16 + j in its high
+      half; int4 codes without zero points are -8..7, stored plus 8.
 
     Their biases are fp32, and every part starts at a multiple of `RECORD_ALIGNMENT`. The record is padded to
     `RECORD_ALIGNMENT` bytes in all formats.
@@ -128,13 +124,17 @@ class RecordLayout:
 
     @classmethod
     def of(cls, spec: ExpertSpec, format: str) -> RecordLayout:
-        if format not in FORMATS:
-            raise ValueError(f"expert format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        coding(format)  # raises where there is none
         return cls(format, spec.hidden, spec.intermediate, spec.gated, spec.biased)
 
     @property
+    def coding(self) -> Coding | None:
+        """How weights are coded; None in the float formats."""
+        return coding(self.format)
+
+    @property
     def quantized(self) -> bool:
-        return self.format in BITS
+        return self.coding is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,16 +152,16 @@ class RecordLayout:
 
     def parts(self) -> dict[str, Part]:
         """Every stored tensor, in the order of the record."""
-        shapes = self.shapes()
-        if not self.quantized:
+        shapes, coding = self.shapes(), self.coding
+        if coding is None:
             return _place([(name, shape, self.dtype) for name, shape in shapes.items()], 1)
-        matrices = {name: (n, -(-m // GROUP)) for name, (n, *rest) in shapes.items() for m in rest}
-        code = torch.int8 if BITS[self.format] == 8 else torch.uint8
-        group_bytes = GROUP * BITS[self.format] // 8
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
         stored: list[tuple[str, tuple[int, ...], torch.dtype]] = [
-            (name, (n, groups * group_bytes), code) for name, (n, groups) in matrices.items()
+            (name, (n, -(-m // GROUP) * GROUP * coding.bits // 8), torch.uint8) for name, (n, m) in matrices.items()
         ]
-        stored += [(f"{name}_scale", shape, torch.float16) for name, shape in matrices.items()]
+        stored += [(f"{name}_scale", coding.blocks(shape), SCALES[coding.scale]) for name, shape in matrices.items()]
+        if coding.zeros:
+            stored += [(f"{name}_zero", coding.blocks(shape), torch.uint8) for name, shape in matrices.items()]
         stored += [(name, shape, torch.float32) for name, shape in shapes.items() if name not in matrices]
         return _place(stored, RECORD_ALIGNMENT)
 

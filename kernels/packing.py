@@ -1,4 +1,4 @@
-"""Weights into records and back, in every format; quantisation is done here and nowhere else."""
+"""Weights, or the codes of a quantised checkpoint, into records and back; quantisation begins here and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from moebius.kernels.experts import BITS, FLOATS, GROUP, ExpertWeights, RecordLayout
+from moebius.kernels.encoding import decode, encode, from_bytes, to_bytes
+from moebius.kernels.experts import ExpertWeights, RecordLayout
+from moebius.kernels.formats import FLOATS, GROUP, Coding
 from moebius.kernels.numba.quantizer import quantize_into
 
 _RANGES = {8: (-127, 127), 4: (-8, 7)}  # of codes
@@ -23,12 +25,50 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
         records: uint8 [..., layout.nbytes].
         weights: some or all of the layout's weights by name, [..., *shape], of any floating dtype.
     """
-    stored = layout.stored(records)
+    stored, coding = layout.stored(records), layout.coding
     for name, weight in weights.items():
-        if layout.quantized and f"{name}_scale" in stored:
-            _quantize_to(weight, BITS[layout.format], stored[name], stored[f"{name}_scale"])
-        else:
+        if coding is None or f"{name}_scale" not in stored:
             stored[name].copy_(weight)
+        elif coding.rounds:
+            _quantize_to(weight, coding.bits, stored[name], stored[f"{name}_scale"])
+        else:
+            _encode_to(weight, coding, name, stored)
+
+
+def put_codes(
+    layout: RecordLayout,
+    records: torch.Tensor,
+    name: str,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+) -> None:
+    """Write a matrix that is coded already, as it is.
+
+    Args:
+        records: uint8 [..., layout.nbytes].
+        name: "gate", "up" or "down".
+        codes: uint8 [..., n, m], one to a byte.
+        scales, zeros: in the types of the layout, [..., *blocks].
+    """
+    stored, coding = layout.stored(records), layout.coding
+    assert coding is not None, layout.format
+    stored[name].copy_(to_bytes(codes, coding.bits))
+    stored[f"{name}_scale"].copy_(scales)
+    if zeros is not None:
+        stored[f"{name}_zero"].copy_(zeros)
+
+
+def _encode_to(weight: torch.Tensor, coding: Coding, name: str, stored: dict[str, torch.Tensor]) -> None:
+    if weight.ndim > 2:
+        for index in range(len(weight)):
+            _encode_to(weight[index], coding, name, {key: part[index] for key, part in stored.items()})
+        return
+    codes, scales, zeros = encode(coding, weight)
+    stored[name].copy_(to_bytes(codes, coding.bits))
+    stored[f"{name}_scale"].copy_(scales)
+    if zeros is not None:
+        stored[f"{name}_zero"].copy_(zeros)
 
 
 def _quantize_to(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -52,14 +92,23 @@ def _starts(bits: int) -> list[float]:
 
 def unpack(layout: RecordLayout, records: torch.Tensor) -> ExpertWeights:
     """The weights of records (uint8 [..., layout.nbytes]): views in float formats, fp32 copies in quantised ones."""
-    if not layout.quantized:
+    coding, stored = layout.coding, layout.stored(records)
+    if coding is None:
         return layout.view(records)
-    stored, bits = layout.stored(records), BITS[layout.format]
     weights = {
-        name: dequantize(stored[name], stored[f"{name}_scale"], shape[-1], bits) if len(shape) == 2 else stored[name]
+        name: unpack_matrix(coding, shape[-1], stored[name], stored[f"{name}_scale"], stored.get(f"{name}_zero"))
+        if len(shape) == 2
+        else stored[name]
         for name, shape in layout.shapes().items()
     }
     return ExpertWeights(*(weights.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+
+
+def unpack_matrix(
+    coding: Coding, columns: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The matrix fp32 [..., n, columns] that stored codes, scales and zero points stand for."""
+    return decode(coding, from_bytes(codes, columns, coding.bits), scales, zeros)
 
 
 def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +122,7 @@ def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
         bits: 8 or 4.
 
     Returns:
-        int8 [..., n, 32 g] or uint8 [..., n, 16 g], and fp16 [..., n, g].
+        uint8 [..., n, 32 g] or [..., n, 16 g], and fp16 [..., n, g].
     """
     groups = _groups(matrix.float())  # [..., n, g, 32]
     low, high = _RANGES[bits]
@@ -88,23 +137,8 @@ def quantize(matrix: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
             trial = ((groups * codes).sum(-1, keepdim=True) / norm.clamp_min(1)).half().float()
             found = _error(groups, trial, low, high)
             scale, error = torch.where(found < error, trial, scale), torch.minimum(found, error)
-    codes = _nearest(groups, scale, low, high).to(torch.int8)
-    scales = scale[..., 0].half()
-    if bits == 8:
-        return codes.flatten(-2), scales
-    shifted = (codes + 8).to(torch.uint8)
-    half = GROUP // 2
-    return (shifted[..., :half] | shifted[..., half:] << 4).flatten(-2), scales
-
-
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
-    """The matrix fp32 [..., n, columns] that `quantize` stored."""
-    if bits == 8:
-        numbers = codes.unflatten(-1, (-1, GROUP)).float()
-    else:
-        packed = codes.unflatten(-1, (-1, GROUP // 2))
-        numbers = torch.cat([packed & 15, packed >> 4], dim=-1).float() - 8
-    return (numbers * scales[..., None].float()).flatten(-2)[..., :columns]
+    codes = _nearest(groups, scale, low, high).to(torch.int8) + (8 if bits == 4 else 0)
+    return to_bytes(codes.view(torch.uint8).flatten(-2), bits), scale[..., 0].half()
 
 
 def _groups(matrix: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from moebius.hf_plugin import bench_experts, bench_generate, doctor, machine
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
 from moebius.hf_plugin.generation import require_model
 from moebius.hf_plugin.options import Options
-from moebius.kernels.experts import FORMATS
+from moebius.kernels.formats import FORMATS
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from moebius.hf_plugin.cli.console import out, print_json, progress_bar
 from moebius.hf_plugin.warmup import warm_up
-from moebius.kernels.experts import FLOATS, FORMATS
+from moebius.kernels.formats import FLOATS, FORMATS
 
 
 def warmup(

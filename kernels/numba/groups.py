@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.experts import GROUP
+from moebius.kernels.formats import GROUP
 from moebius.kernels.numba.integers import (
     add_ints,
     integers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.experts import GROUP
+from moebius.kernels.formats import GROUP
 from moebius.kernels.numba import words
 from moebius.kernels.numba.codes import PANEL_BYTES, dot, group_bytes, pack, tile
 from moebius.kernels.numba.groups import CHUNK, chunk_bytes, quantize_group, quantize_vector

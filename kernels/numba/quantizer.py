@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from moebius.kernels.experts import GROUP
+from moebius.kernels.formats import GROUP
 from moebius.kernels.numba.integers import (
     first_equal,
     halves_of_bytes,
@@ -138,7 +138,7 @@ def quantize_into(
         matrix: fp32, bf16 or fp16 [n, m], contiguous, in host memory.
         bits: 8 or 4.
         starts: what the entry of largest magnitude is divided by for the scales from where the search begins.
-        codes: int8 [n, 32 g] or uint8 [n, 16 g], contiguous, in host memory; written.
+        codes: uint8 [n, 32 g] or [n, 16 g], contiguous, in host memory; written.
         scales: fp16 [n, g], contiguous, in host memory; written.
     """
     rows, columns = matrix.shape

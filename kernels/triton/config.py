@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from moebius.kernels.experts import FORMATS
+from moebius.kernels.formats import FORMATS
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself decides when it decorates a kernel
 

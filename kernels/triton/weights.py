@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moebius.kernels.experts import BITS, GROUP, RecordLayout
+from moebius.kernels.experts import RecordLayout
+from moebius.kernels.formats import GROUP
 
 GROUP_SIZE: tl.constexpr = tl.constexpr(GROUP)
 HALF: tl.constexpr = tl.constexpr(GROUP // 2)
@@ -27,7 +28,7 @@ _CODES = {0: None, 8: tl.int8, 4: tl.uint8}
 @cache
 def storage(layout: RecordLayout) -> Mapping[str, Any]:
     """Keyword arguments for every kernel that reads records of `layout`."""
-    bits = BITS.get(layout.format, 0)
+    bits = 0 if layout.coding is None else layout.coding.bits
     return {
         "H": layout.hidden,
         "INNER": layout.intermediate,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import GROUP, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.formats import GROUP
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import Routes, build_routes
 

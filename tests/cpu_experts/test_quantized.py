@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import BITS, Act, Activation, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 
@@ -28,6 +28,7 @@ ACTIVATIONS = [
     Activation(Act.GELU_ERF),
     Activation(Act.RELU2),
 ]
+BITS = {"int4": 4, "int8": 8}
 TOLERANCE = {"int8": 1e-4, "int4": 1e-2}  # one step of a rounded intermediate, and fp32 sums
 
 

@@ -15,7 +15,8 @@ import moebius
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.hf_plugin import bench_experts, bench_generate, generation, machine
 from moebius.hf_plugin.bench_experts import Shape
-from moebius.kernels.experts import FORMATS, ExpertSpec, RecordLayout
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.formats import FORMATS
 
 TINY_MOE = Path(__file__).resolve().parents[1] / "data" / "tiny_moe"
 SHAPE = Shape(experts=8, hidden=64, intermediate=32, top_k=2)

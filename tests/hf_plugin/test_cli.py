@@ -16,7 +16,7 @@ import moebius
 from moebius.hf_plugin import doctor, generation, machine, memory_read
 from moebius.hf_plugin.cli import app as cli
 from moebius.hf_plugin.cli import bench, demo
-from moebius.kernels.experts import FORMATS
+from moebius.kernels.formats import FORMATS
 
 SMALL_EXPERTS = ["bench", "experts", "--shape", "8,64,32,2", "--threads", "1", "--repeats", "2"]
 SMALL_GENERATE = [

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebius.kernels.experts import BITS, FLOATS, FORMATS, RECORD_ALIGNMENT, ExpertSpec, RecordLayout
-from moebius.kernels.packing import dequantize, pack, quantize, unpack
+from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, RecordLayout
+from moebius.kernels.formats import FLOATS, FORMATS, coding
+from moebius.kernels.packing import pack, quantize, unpack, unpack_matrix
 
 specs = st.builds(ExpertSpec, st.integers(1, 70), st.integers(1, 70), st.booleans(), st.booleans())
 
@@ -34,7 +35,7 @@ def test_weights_come_back(spec: ExpertSpec, format: str, experts: int) -> None:
         elif weight.ndim == 2:  # a bias
             assert torch.equal(restored[name], weight)
         else:  # half a step, and the fp16 rounding of the scale: 127 or 8 steps reach the largest weight
-            step = weight.abs().max() / {8: 127, 4: 8}[BITS[format]]
+            step = weight.abs().max() / {8: 127, 4: 8}[coding(format).bits]
             assert error.max() <= 1.3 * step
     assert all(restored[name] is None for name in restored if name not in weights)
 
@@ -46,7 +47,7 @@ def test_parts_do_not_overlap(spec: ExpertSpec, format: str) -> None:
     end = 0
     for part in layout.parts().values():
         assert part.offset >= end
-        assert part.offset % (RECORD_ALIGNMENT if format in BITS else layout.dtype.itemsize) == 0
+        assert part.offset % (RECORD_ALIGNMENT if layout.quantized else layout.dtype.itemsize) == 0
         end = part.offset + part.nbytes
     assert end <= layout.nbytes < end + RECORD_ALIGNMENT
     assert layout.nbytes % RECORD_ALIGNMENT == 0
@@ -64,7 +65,7 @@ def test_error_on_normal_weights(bits: int, bound: float) -> None:
     """Rounding to the nearest with the plain scale gives 0.0061 and 0.0970; the best scale of all 0.0809 at 4 bits."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     codes, scales = quantize(weight, bits)
-    error = (dequantize(codes, scales, 512, bits) - weight).norm() / weight.norm()
+    error = (unpack_matrix(coding(f"int{bits}"), 512, codes, scales) - weight).norm() / weight.norm()
     assert error <= bound
 
 
@@ -74,7 +75,7 @@ def test_extremes(bits: int) -> None:
     weight = torch.zeros(4, 64)
     weight[1, 3], weight[2, :] = 1.0, 1e-8
     weight[3, ::2], weight[3, 1::2] = 100.0, -100.0
-    restored = dequantize(*quantize(weight, bits), 64, bits)
+    restored = unpack_matrix(coding(f"int{bits}"), 64, *quantize(weight, bits))
     assert torch.isfinite(restored).all()
     assert torch.equal(restored[0], weight[0])
     assert restored[1, 3] == pytest.approx(1.0, rel=1e-3)

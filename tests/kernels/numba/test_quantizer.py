@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
-from moebius.kernels.packing import dequantize, pack, quantize
+from moebius.kernels.formats import coding
+from moebius.kernels.packing import pack, quantize, unpack_matrix
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -45,7 +46,7 @@ def test_finds_what_torch_finds(rows: int, columns: int, bits: int, dtype: torch
     assert (scales != expected_scales).sum() <= 1 + 0.001 * scales.numel()
     assert (codes != expected_codes).sum() <= 16 + 0.001 * codes.numel()
     error, expected = (
-        (dequantize(*pair, columns, bits).double() - matrix.double()).norm()
+        (unpack_matrix(coding(f"int{bits}"), columns, *pair).double() - matrix.double()).norm()
         for pair in ((codes, scales), (expected_codes, expected_scales))
     )
     assert error <= expected * (1 + 1e-4) + 1e-12
@@ -72,7 +73,7 @@ def test_what_is_not_finite_stays_visible_in_its_group(bits: int, value: float) 
     matrix = torch.randn(3, 96)
     matrix[1, 40] = value
     codes, scales = _packed(matrix, f"int{bits}")
-    finite = torch.isfinite(dequantize(codes, scales, 96, bits))
+    finite = torch.isfinite(unpack_matrix(coding(f"int{bits}"), 96, codes, scales))
     assert not finite[1, 40]
     assert finite[[0, 2]].all()
     assert finite[1, :32].all()
