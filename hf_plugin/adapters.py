@@ -72,6 +72,19 @@ class ExpertParams:
         gate_bias, up_bias = self._split(tensors.get(f"{first}_bias"))
         return gate, up, down, gate_bias, up_bias, tensors.get("down_proj_bias")
 
+    def stacked(self, name: str) -> tuple[str, ...]:
+        """The matrices (names of `ExpertWeights`) that follow each other in each expert's rows of a packed tensor.
+
+        Empty where it holds them in another way: transposed, interleaved or flat, or where it holds biases.
+        """
+        if self.flat or self.transposed or name not in ("gate_up_proj", "up_proj", "down_proj"):
+            return ()
+        if name == "down_proj":
+            return ("down",)
+        if not self.gated:
+            return ("up",)
+        return ("gate", "up") if self.concatenated else ()
+
     def surplus(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows of packed tensors beyond the routed experts, which nothing computes with but a checkpoint holds."""
         if self.flat:

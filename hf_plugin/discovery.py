@@ -199,15 +199,21 @@ def verify_once(site: ExpertsSite, verified: set[object]) -> None:
         verified.add(site.kind)
 
 
+def probe_ids(num_experts: int) -> torch.Tensor:
+    """The experts that `verify_once` routes its tokens to, int64 [PROBE_TOKENS, 1 or 2]."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = [torch.randperm(num_experts, generator=generator)[:2] for _ in range(PROBE_TOKENS)]
+    return torch.stack(chosen)
+
+
 def _verify(site: ExpertsSite) -> None:
     """Run the module's own forward on a few random tokens and compare: refuse a surprise, never compute it wrongly."""
     device = next(iter(site.tensors().values())).device
     generator = torch.Generator().manual_seed(0)
     e, h = site.params.num_experts, site.params.hidden
     x = torch.randn(PROBE_TOKENS, h, generator=generator).to(device, site.dtype)
-    k = min(2, e)
-    ids = torch.stack([torch.randperm(e, generator=generator)[:k] for _ in range(PROBE_TOKENS)])
-    weights = torch.rand(PROBE_TOKENS, k, generator=generator) + 0.5
+    ids = probe_ids(e)
+    weights = torch.rand(ids.shape, generator=generator) + 0.5
     if site.identity_experts:
         ids[0, 0] = e
     stock = _stock(site, x, ids.to(device), weights.to(device)).double().cpu()

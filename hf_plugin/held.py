@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from moebius.cpu_experts.record_file import LayerFacts
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.kernels.experts import RecordLayout
@@ -16,12 +18,14 @@ from moebius.kernels.packing import pack, unpack
 
 _HOST = torch.empty(0)
 
+ForEach = Callable[[Callable[[int], None], int], None]
+
 
 class HeldWeights:
     """Takes the weights of one experts module; modules with tied experts share one of these.
 
     Args:
-        site: the module as found; weights on the meta device are filled in later, one by one.
+        site: the module as found; weights on the meta device come later, through `fill`, or in a store that is given.
         format: storage format of the experts.
         keep: keep the original tensors, so that they come back however lossy `format` is.
     """
@@ -41,8 +45,13 @@ class HeldWeights:
         self.lossless = True  # whether the store gives the weights back bit for bit
         self._params, self._kept = site.params, tensors if keep else None
         self._devices = {name: loaded.get(name, _HOST).device for name in tensors}
-        self._surplus: dict[str, torch.Tensor] = {}
-        self.store = ExpertStore.empty(site.spec, RecordLayout.of(site.spec, format), site.params.num_experts)
+        self.surplus: dict[str, torch.Tensor] = {}  # rows that no expert has, which a checkpoint holds nevertheless
+        self.spec, self.layout, self.num_experts = (
+            site.spec,
+            RecordLayout.of(site.spec, format),
+            site.params.num_experts,
+        )
+        self._store: ExpertStore | None = None
         for name, tensor in loaded.items():
             self.fill(name, tensor)
 
@@ -51,11 +60,59 @@ class HeldWeights:
         """Where the weights were."""
         return next(iter(self._devices.values()))
 
+    @property
+    def store(self) -> ExpertStore:
+        """The records; memory is allocated for them when they are first asked for."""
+        if self._store is None:
+            self._store = ExpertStore.empty(self.spec, self.layout, self.num_experts)
+        return self._store
+
+    def adopt(self, records: torch.Tensor, surplus: dict[str, torch.Tensor]) -> None:
+        """Have all weights in records (uint8 [E, nbytes]) that exist already."""
+        self._store = ExpertStore(self.spec, self.layout, self.num_experts, records)
+        self.surplus = surplus
+        self.absent.clear()
+
+    def drop(self) -> None:
+        """Free the memory of the records, which are elsewhere."""
+        self._store = None
+
+    def facts(self) -> LayerFacts:
+        """What a file of these records says of them."""
+        empty = {name: placeholder.data for name, placeholder in self.placeholders.items()}
+        extras = {name: (rows.dtype, tuple(rows.shape)) for name, rows in self._params.surplus(empty).items()}
+        return LayerFacts(self.layout, self.num_experts, extras)
+
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy one of the module's weights into the store."""
         pack(self.store.layout, self.store.records, self._params.views({name: tensor}))
-        self._surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
+        self.surplus |= {key: rows.clone() for key, rows in self._params.surplus({name: tensor}).items()}
         self.absent.discard(name)
+
+    def fill_stacked(self, name: str, experts: Sequence[Sequence[torch.Tensor]], each: ForEach) -> bool:
+        """Copy one of the module's weights into the store from the tensors of single experts, without packing them.
+
+        Args:
+            experts: of each matrix in the weight, in its order, the tensors of all experts.
+            each: applies a function to every number below another, perhaps in parallel.
+
+        Returns:
+            False, with nothing done, where the weight is not made of them in this plain way.
+        """
+        parts, shapes = self._params.stacked(name), self.layout.shapes()
+        if len(parts) != len(experts) or not all(len(tensors) == self.num_experts for tensors in experts):
+            return False
+        if not all(tensor.shape == shapes[part] for part, ts in zip(parts, experts, strict=True) for tensor in ts):
+            return False
+        records = self.store.records
+
+        def fill(number: int) -> None:
+            weights = {part: tensors[number] for part, tensors in zip(parts, experts, strict=True)}
+            pack(self.layout, records[number], weights)
+
+        each(fill, self.num_experts)
+        self.absent.discard(name)
+        return True
 
     def release(self) -> None:
         """Free the module's own tensors."""
@@ -69,21 +126,24 @@ class HeldWeights:
             parameter.data = restored[name]
             parameter.requires_grad_(self.placeholders[name].requires_grad)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the weights as the module had them, in host memory."""
+    def tensors(self, only: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
+        """Copies of the weights as the module had them, in host memory; `only` of some experts, else zeros."""
         if self._kept is not None:
             return {name: tensor.to("cpu", copy=True) for name, tensor in self._kept.items()}
-        return self._unpack(dict.fromkeys(self._devices, torch.device("cpu")))
+        return self._unpack(dict.fromkeys(self._devices, _HOST.device), only)
 
-    def _unpack(self, devices: dict[str, torch.device]) -> dict[str, torch.Tensor]:
+    def _unpack(self, devices: dict[str, torch.device], only: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
+        make = torch.empty if only is None else torch.zeros  # zeros take no memory where nothing is written
         result = {
-            name: torch.empty(placeholder.shape, dtype=self.dtype, device=devices[name])
+            name: make(placeholder.shape, dtype=self.dtype, device=devices[name])
             for name, placeholder in self.placeholders.items()
         }
-        weights = unpack(self.store.layout, self.store.records)
-        for part, view in self._params.views(result).items():
-            view.copy_(getattr(weights, part))
-        for name, rows in self._surplus.items():
+        views = self._params.views(result)
+        for expert in range(self.num_experts) if only is None else only:  # one by one: quantised ones unpack to fp32
+            weights = unpack(self.layout, self.store.records[expert])
+            for part, view in views.items():
+                view[expert].copy_(getattr(weights, part))
+        for name, rows in self.surplus.items():
             result[name][-len(rows) :] = rows
         return result
 
@@ -96,16 +156,15 @@ class HeldWeights:
         format = next((name for name, known in FLOATS.items() if known == dtype), None)
         if format is None or (not self.lossless and self._kept is None):
             raise RuntimeError(
-                f"the patched experts of {name!r} are {self.dtype}, stored as {self.store.layout.format}, and cannot "
+                f"the patched experts of {name!r} are {self.dtype}, stored as {self.layout.format}, and cannot "
                 f"become {dtype}: unpatch the model, convert it, and patch it again "
                 f"(experts can be {', '.join(FLOATS)})"
             )
         weights = {name: tensor.to(dtype) for name, tensor in self.tensors().items()}
         if self._kept is not None:
-            self._kept, format = weights, self.store.layout.format
-        spec = self.store.spec
-        self.store = ExpertStore.empty(spec, RecordLayout.of(spec, format), self.store.num_experts)
-        self.dtype = dtype
+            self._kept, format = weights, self.layout.format
+        self.layout, self.dtype = RecordLayout.of(self.spec, format), dtype
+        self._store = None
         for name, tensor in weights.items():
             self.fill(name, tensor)
         self.placeholders = {n: _placeholder(p.shape, dtype, p) for n, p in self.placeholders.items()}

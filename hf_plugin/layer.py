@@ -43,14 +43,10 @@ class PatchedLayer:
         index: number of the layer among the model's patched layers.
         site: the module as found.
         parent: the module that holds it, where its router is.
-        format: storage format of the experts.
-        keep: keep the original tensors, so that unpatching returns them however lossy `format` is.
-        twin: an earlier layer with the same parameters (tied weights), whose store serves this one too.
+        held: its weights; layers with the same parameters (tied weights) share one.
     """
 
-    def __init__(
-        self, index: int, site: ExpertsSite, parent: nn.Module, format: str, keep: bool, twin: PatchedLayer | None
-    ) -> None:
+    def __init__(self, index: int, site: ExpertsSite, parent: nn.Module, held: HeldWeights) -> None:
         self.index, self.name = index, site.name
         self.runtime: ModelRuntime  # set when the model's layers are complete
         self.gate = LayerGate(parent, site.params.num_experts)
@@ -58,7 +54,7 @@ class PatchedLayer:
         self._arguments = _argument_names(site.module)
         self._module_ref, self._owner_ref, self._parent_ref = ref(site.module), ref(site.owner), ref(parent)
         self._former_forward = site.module.__dict__.get("forward", _MISSING)
-        self.held: HeldWeights = twin.held if twin is not None else HeldWeights(site, format, keep)
+        self.held: HeldWeights = held
         self._spec = site.spec
         self.store = replace(self.held.store, spec=self._spec)
         self._register()

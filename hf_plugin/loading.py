@@ -7,20 +7,27 @@ stores plus one packed tensor. Everything else loads as usual. No trace of a qua
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebius.hf_plugin.discovery import ExpertsSite, find_sites, verify_once
+from moebius.cpu_experts.record_file import RecordFile
+from moebius.hf_plugin import expert_files
+from moebius.hf_plugin.discovery import ExpertsSite, find_sites, probe_ids, verify_once
+from moebius.hf_plugin.gates import parent_of
+from moebius.hf_plugin.held import HeldWeights
+from moebius.hf_plugin.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.layer import PatchedLayer
 from moebius.hf_plugin.options import Options
-from moebius.hf_plugin.patching import check_budget, format_name, make_layers, make_options, start
+from moebius.hf_plugin.patching import check_budget, format_name, make_options, start
+from moebius.hf_plugin.runtime import default_threads
 from moebius.kernels.formats import FLOATS
 
 METHOD = "moebius"
@@ -41,6 +48,7 @@ class MoebiusConfig(QuantizationConfigMixin):
             raise ValueError("keep_original has no meaning while loading: the originals are in the checkpoint")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum is closed, its registry is not
         self.options: Options = make_options(options)
+        self.into: Path | None = None  # write experts to this file, and leave the model without them
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -59,17 +67,69 @@ class MoebiusQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would have accelerate copy weights to and fro; called with the map given and the one inferred."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
+        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+            raise ValueError(
+                f"the device_map puts modules on {', '.join(sorted(kinds))}, so that accelerate would copy weights on "
+                "every call; experts need no place on a GPU, so give all other modules one (device_map='cuda:0'), "
+                "or none (device_map='cpu')"
+            )
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """For device_map="auto": experts take no room on any device."""
+        return 0.0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        options = self.quantization_config.options
+        options, files = self.quantization_config.options, list(kwargs.get("checkpoint_files") or ())
         with torch.device("cpu"):  # the model is being built on the meta device
             self._sites: list[ExpertsSite] = find_sites(model, loaded=False)
             check_budget(options, self._sites)
-            formats = [format_name(site, options) for site in self._sites]
-            self._layers: list[PatchedLayer] = list(make_layers(model, self._sites, formats, options))
-        self._by_owner = {site.owner: layer for site, layer in zip(self._sites, self._layers, strict=True)}
+            file = expert_files.beside(files)
+            helds = self._hold(model, file)
+        self._replaced: list[tuple[WeightConverter, list[ConversionOps]]] = []
+        self._intake = self._open_intake(helds, files, file)
+
+    def _hold(self, model: PreTrainedModel, file: RecordFile | None) -> dict[str, HeldWeights]:
+        """What holds the weights of each experts module, by its name; tied modules share it, under one name."""
+        paths = {module: path for path, module in model.named_modules()}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        weights = {site.name: f"{paths[site.owner]}.{site.params.names[-1]}" for site in self._sites}
+        sources = {weight: name for name, weight in weights.items()}
+        helds: dict[str, HeldWeights] = {}
+        self._held_by_owner: dict[nn.Module, HeldWeights] = {}
+        self._weights_of: dict[int, list[str]] = {}  # of all modules that share a `HeldWeights`, by its id
+        for site in self._sites:
+            name = sources.get(tied.get(weights[site.name], ""), site.name)
+            if name not in helds:
+                format = _format(site, self.quantization_config.options, name, file)
+                helds[name] = HeldWeights(site, format, False)
+            held = self._held_by_owner[site.owner] = helds[name]
+            names = self._weights_of.setdefault(id(held), [])
+            names += [f"{paths[site.owner]}.{weight}" for weight in site.params.names]
+        return helds
+
+    def _open_intake(
+        self, helds: dict[str, HeldWeights], files: list[str], file: RecordFile | None
+    ) -> Intake | FromFile:
+        config, layers = self.quantization_config, file_layers(helds)
+        threads = config.options.cpu_threads or default_threads()
+        budget = expert_files.budget(config.options, sum(layer.nbytes for layer in layers.values()))
+        if file is not None:
+            return FromFile(helds, expert_files.checked(file, layers))
+        if config.into is not None:
+            return IntoFile(helds, threads, config.into, {})
+        if budget is None:
+            return Intake(helds, threads)
+        path, facts = expert_files.cached(files, layers)
+        if path.exists():
+            return FromFile(helds, expert_files.open_for(path, layers))
+        return IntoFile(helds, threads, path, facts)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return self._layer_of(model, param_name) is not None
+        return self._held(model, param_name) is not None
 
     def get_quantize_ops(self) -> ConversionOps:
         return _IntoStore(self)
@@ -79,71 +139,139 @@ class MoebiusQuantizer(HfQuantizer):
         for conversion in weight_conversions:
             if any("experts" in pattern for pattern in getattr(conversion, "source_patterns", ())):
                 conversion.force_cpu = True  # experts are put together in host memory, wherever the rest goes
+                if operations := getattr(conversion, "operations", None):
+                    self._replaced.append((conversion, operations))
+                    conversion.operations = [_Unstacked(self, operations)]
         return super().update_weight_conversions(weight_conversions, *model, **more)
 
     def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
-        """Copy one expert tensor into its layer's store."""
-        layer = self._layer_of(model, full_name)
-        assert layer is not None, full_name
-        name = full_name.rpartition(".")[2]
-        expected = layer.held.placeholders[name].shape
-        if tensor.shape != expected:
-            raise ValueError(
-                f"the checkpoint's {full_name} has shape {tuple(tensor.shape)}, but the configuration asks for "
-                f"{tuple(expected)}: the checkpoint and its config.json do not belong together"
-            )
-        layer.held.fill(name, tensor)
+        """Take one expert tensor out of the loading."""
+        held = self._held(model, full_name)
+        assert held is not None, full_name
+        self._intake.take(held, full_name.rpartition(".")[2], full_name, tensor)
 
-    def _layer_of(self, model: PreTrainedModel, full_name: str) -> PatchedLayer | None:
+    def take_stacked(self, model: PreTrainedModel, full_name: str, experts: list[list[torch.Tensor]]) -> bool:
+        """Take the tensors of single experts that a weight is stacked from; False where this is not possible."""
+        held = self._held(model, full_name)
+        return held is not None and self._intake.take_stacked(held, full_name.rpartition(".")[2], experts)
+
+    def has(self, model: PreTrainedModel, full_name: str) -> bool:
+        """Whether a weight is there already, so that it need not be put together."""
+        return not self._intake.wants and self._held(model, full_name) is not None
+
+    def settle(self, model: PreTrainedModel, full_name: str, missing: set[str] | None) -> None:
+        """Leave empty tensors where weights were, which accelerate may move about, and which are not missing."""
+        held = self._held(model, full_name)
+        if self._intake.wants:  # else all are there already
+            names = [name for name in self._weights_of[id(held)] if name.endswith(f".{full_name.rpartition('.')[2]}")]
+        else:
+            names = [name for names in self._weights_of.values() for name in names]
+        for name in names:
+            path, _, weight = name.rpartition(".")
+            parameters = model.get_submodule(path)._parameters
+            parameters[weight] = nn.Parameter(torch.empty(0, dtype=parameters[weight].dtype), requires_grad=False)  # type: ignore[union-attr]
+            parameters[weight]._is_hf_initialized = True  # type: ignore[union-attr]
+        if missing is not None:
+            missing.difference_update(names)
+
+    def _held(self, model: PreTrainedModel, full_name: str) -> HeldWeights | None:
         path, _, name = full_name.rpartition(".")
-        layer = self._by_owner.get(model.get_submodule(path))
-        return layer if layer is not None and name in layer.held.placeholders else None
+        held = self._held_by_owner.get(model.get_submodule(path))
+        return held if held is not None and name in held.placeholders else None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for conversion, operations in self._replaced:
+            conversion.operations = operations  # saving reverses them
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
-        for layer in self._layers:
-            if absent := ", ".join(sorted(layer.held.absent)):
-                raise ValueError(
-                    f"the checkpoint has no {absent} for {layer.name!r}: it is incomplete or belongs to another "
-                    "architecture"
-                )
-        verified: set[object] = set()
-        for site, layer in zip(self._sites, self._layers, strict=True):
-            layer.held.lossless = FLOATS.get(layer.store.layout.format) == site.dtype
-            _verify(site, layer, verified)
+        file = self._intake.finish()
+        if self.quantization_config.into is not None:
+            return
+        layers, verified = [], set[object]()
+        for index, site in enumerate(self._sites):
+            held = self._held_by_owner[site.owner]
+            held.lossless = FLOATS.get(held.layout.format) == held.dtype
+            _verify(site, held, verified)
+            layers.append(PatchedLayer(index, site, parent_of(model, site.name), held))
+        for layer in layers:
             layer.install()
-        start(model, self._layers, self.quantization_config.options)
+        start(model, layers, self.quantization_config.options, file)
+
+
+class _Unstacked(ConversionOps):
+    """Stands for the operations that put a weight together; leaves out those that only stack single experts."""
+
+    def __init__(self, quantizer: MoebiusQuantizer, operations: list[ConversionOps]) -> None:
+        self._quantizer, self._operations = quantizer, operations
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        if self._quantizer.has(model, name):
+            return {_TAKEN: []}
+        experts = [tensors for pattern in source_patterns if isinstance(tensors := input_dict.get(pattern), list)]
+        stacked = len(experts) == len(source_patterns) and _stacks(self._operations)
+        if stacked and self._quantizer.take_stacked(model, name, experts):
+            return {_TAKEN: []}
+        for operation in self._operations:
+            input_dict = operation.convert(input_dict, source_patterns, target_patterns, **kwargs)
+        return input_dict
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unstacked:
+        """Itself: transformers copies conversions for every weight."""
+        return self
+
+
+_TAKEN = "\0"  # stands in the result of a conversion for a weight that has been taken; part of no name
+
+
+def _stacks(operations: list[ConversionOps]) -> bool:
+    """Whether operations do no more than stack experts, and concatenate the stacks of their matrices."""
+    match operations:
+        case [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            return True
+    return False
 
 
 class _IntoStore(ConversionOps):
-    """The last step of a weight's conversion: into the store, and nothing is left to assign."""
+    """The last step of a weight's conversion: it is taken, and nothing is left to assign."""
 
     def __init__(self, quantizer: MoebiusQuantizer) -> None:
         self._quantizer = quantizer
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[torch.Tensor]]:
         model, missing_keys = kwargs["model"], kwargs.get("missing_keys")
-        for name, value in input_dict.items():
-            self._quantizer.take(model, name, value[0] if isinstance(value, list) else value)
-            if missing_keys is not None:
-                missing_keys.discard(name)  # else it would be initialised at random
+        taken = _TAKEN in input_dict
+        for name, value in ({kwargs["full_layer_name"]: []} if taken else input_dict).items():
+            if not taken:
+                self._quantizer.take(model, name, value[0] if isinstance(value, list) else value)
+            self._quantizer.settle(model, name, missing_keys)  # else it would be initialised at random
         return {}
 
 
-def _verify(site: ExpertsSite, layer: PatchedLayer, verified: set[object]) -> None:
-    """Lend the module its weights for the probe of `verify_once`, one layer of each kind."""
+def _format(site: ExpertsSite, options: Options, name: str, file: RecordFile | None) -> str:
+    """The storage format of a site's experts: the file's, where there is one."""
+    if file is None or name not in file.layers:
+        return format_name(site, options)
+    found = file.layers[name].layout.format
+    if options.expert_format not in ("native", found):
+        raise ValueError(
+            f"{file.path} holds experts in {found}, not in {options.expert_format!r}: leave expert_format out, or "
+            f"convert the original checkpoint again (moebius convert SRC DST --format {options.expert_format})"
+        )
+    return found
+
+
+def _verify(site: ExpertsSite, held: HeldWeights, verified: set[object]) -> None:
+    """Lend the module weights for the probe of `verify_once`, one layer of each kind, of the experts in the probe."""
     if not verified or site.kind not in verified:
         originals = dict(site.owner._parameters)
-        for name, tensor in layer.held.tensors().items():
+        for name, tensor in held.tensors(probe_ids(held.num_experts).unique().tolist()).items():
             site.owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         try:
             verify_once(site, verified)

@@ -26,6 +26,8 @@ class Options:
         gpu_memory: bound of the expert cache: bytes (int), "8GiB", "25%" or 0.25 (of all expert bytes), or "auto"
             (the free device memory minus a reserve for KV cache and activations). With several GPUs it holds for each,
             and a fraction is one of the experts there.
+        cpu_memory: bound of host memory for experts, in the same forms; "auto" is the free memory minus a reserve. What
+            exceeds it stays in a file and is read when needed; that takes `moebius.from_pretrained`.
         expert_format: "native" keeps the experts' dtype; "fp32", "bf16", "fp16", "int8" (8.5 bits a weight) or "int4"
             (4.5 bits) store them so in host memory and cache. A format that would change a weight needs
             `keep_original`, or `moebius.from_pretrained`, which reads the originals from the checkpoint.
@@ -40,6 +42,7 @@ class Options:
 
     device: str = "auto"
     gpu_memory: int | float | str = "auto"
+    cpu_memory: int | float | str = "auto"
     expert_format: str = "native"
     cpu_threads: int | None = None
     cache_policy: str = "default"
@@ -52,6 +55,7 @@ class Options:
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|emulated|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} is unknown; use {DEVICES}")
         parse_memory(self.gpu_memory, total=1 << 40)
+        parse_memory(self.cpu_memory, total=1 << 40)
         if self.expert_format not in ("native", *FORMATS):
             allowed = ", ".join(["native", *FORMATS])
             raise ValueError(f"expert_format={self.expert_format!r} is unknown; use one of {allowed}")

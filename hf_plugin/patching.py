@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from moebius.cpu_experts.record_file import RecordFile
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites
 from moebius.hf_plugin.gates import parent_of
+from moebius.hf_plugin.held import HeldWeights
 from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
@@ -49,6 +51,7 @@ def patch(model: Model, **options: Any) -> Model:
         raise ValueError("the model is already patched; call moebius.unpatch(model) first, then patch with new options")
     sites = find_sites(model)
     check_budget(chosen, sites)
+    _check_host_memory(chosen, sites)
     formats = [_lossless_format(site, chosen) for site in sites]
     layers: list[PatchedLayer] = []
     try:
@@ -66,16 +69,16 @@ def make_layers(
     model: nn.Module, sites: list[ExpertsSite], formats: list[str], options: Options
 ) -> Iterator[PatchedLayer]:
     """A layer for each site, which has copied the site's weights but not taken its place yet."""
-    owners: dict[int, PatchedLayer] = {}  # by identity of the weights: models may tie the experts of two modules
+    known: dict[int, HeldWeights] = {}  # by identity of the weights: models may tie the experts of two modules
     for index, (site, format) in enumerate(zip(sites, formats, strict=True)):
-        parent, identity = parent_of(model, site.name), site.identity
-        owners[identity] = PatchedLayer(index, site, parent, format, options.keep_original, owners.get(identity))
-        yield owners[identity]
+        if site.identity not in known:
+            known[site.identity] = HeldWeights(site, format, options.keep_original)
+        yield PatchedLayer(index, site, parent_of(model, site.name), known[site.identity])
 
 
-def start(model: nn.Module, layers: list[PatchedLayer], options: Options) -> None:
-    """Give installed layers what they share, and the model its place."""
-    runtime = ModelRuntime(options, layers)
+def start(model: nn.Module, layers: list[PatchedLayer], options: Options, file: RecordFile | None = None) -> None:
+    """Give installed layers what they share, and the model its place; `file` holds the experts if memory does not."""
+    runtime = ModelRuntime(options, layers, file)
     for layer in layers:
         layer.runtime = runtime
     _to_device(model, runtime)
@@ -165,6 +168,20 @@ def check_budget(options: Options, sites: list[ExpertsSite]) -> None:
         raise ValueError(
             f"gpu_memory={options.gpu_memory!r} is {wanted:,} bytes, less than one expert of each size "
             f"({least:,} bytes); all experts take {total:,} bytes: give more, or use device='cpu'"
+        )
+
+
+def _check_host_memory(options: Options, sites: list[ExpertsSite]) -> None:
+    sizes = {
+        site.identity: RecordLayout.of(site.spec, format_name(site, options)).nbytes * site.params.num_experts
+        for site in sites
+    }
+    total = sum(sizes.values())
+    wanted = parse_memory(options.cpu_memory, total)
+    if wanted is not None and wanted < total:
+        raise ValueError(
+            f"cpu_memory={options.cpu_memory!r} is {wanted:,} bytes, but the experts, already in host memory, take "
+            f"{total:,}: load the model with moebius.from_pretrained, which leaves in a file what exceeds the bound"
         )
 
 

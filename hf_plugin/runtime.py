@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from moebius.cpu_experts.executor import CpuExecutor
+from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import default_device
@@ -34,10 +35,11 @@ class ModelRuntime:
     Args:
         options: as given to `patch`, with `device` resolved (not "auto").
         layers: the patched layers in order.
+        file: what holds their experts, if memory does not.
     """
 
-    def __init__(self, options: Options, layers: Sequence[PatchedLayer]) -> None:
-        self.options = options
+    def __init__(self, options: Options, layers: Sequence[PatchedLayer], file: RecordFile | None = None) -> None:
+        self.options, self.file = options, file
         self.lock = threading.RLock()
         self.stores: list[ExpertStore] = [layer.store for layer in layers]
         self.layers: list[ref[PatchedLayer]] = [ref(layer) for layer in layers]
@@ -104,7 +106,7 @@ class ModelRuntime:
         """The runtime of a copied model: own threads and cache, filled by the copied layers through `adopt`."""
         new = object.__new__(ModelRuntime)
         memo[id(self)] = new
-        new.options, new.lock = self.options, threading.RLock()
+        new.options, new.file, new.lock = self.options, self.file, threading.RLock()
         new.stores, new.layers = list(self.stores), list(self.layers)
         new._start(self._names)
         new._patched = 0

@@ -111,7 +111,7 @@ def source_key() -> str:
 @cache
 def cache_folder() -> Path | None:
     """Where compiled code is kept, or None where no folder is writable: then every process compiles in memory."""
-    folder = _cache_root() / "numba" / source_key()
+    folder = cache_root() / "numba" / source_key()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -124,7 +124,8 @@ def cache_folder() -> Path | None:
     return folder
 
 
-def _cache_root() -> Path:
+def cache_root() -> Path:
+    """The folder of all that Moebius keeps for later processes: MOEBIUS_CACHE_DIR, or the user's cache."""
     chosen = os.environ.get("MOEBIUS_CACHE_DIR")
     if chosen:
         return Path(chosen)

@@ -44,6 +44,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gpu_memory": None}, ValueError, r"memory None .*use bytes"),
     ({"gpu_memory": True}, ValueError, r"memory True .*use bytes"),
     ({"gpu_memory": [1]}, ValueError, r"memory \[1\] .*use bytes"),
+    ({"cpu_memory": "many"}, ValueError, r"memory 'many' .*\"8GiB\""),
+    ({"cpu_memory": 0.9}, ValueError, r"cpu_memory=0\.9 is 353,894 bytes, .*take 393,216: .*from_pretrained"),
     ({"cache_policy": "fifo"}, ValueError, r"cache_policy='fifo' is unknown; use one of lru"),
     ({"predictor": "oracle"}, ValueError, r"predictor='oracle' is unknown; use one of next_gate"),
     ({"expert_format": "int3"}, ValueError, r"expert_format='int3' is unknown; use one of native"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm._monitor import TMonitor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
 import moebius
 from tests import zoo
@@ -47,6 +50,55 @@ def test_streamed_weights_are_the_checkpoints(name: str, tmp_path: Path) -> None
         restored, original = model.state_dict(), stock.state_dict()
         assert list(restored) == list(original)
         assert all(torch.equal(restored[key], original[key]) for key in original)
+
+
+def test_single_experts_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a per-expert checkpoint that is packed first, which costs a copy and a layer's memory."""
+    saved("qwen3_moe", tmp_path)
+    monkeypatch.setattr(MergeModulelist, "convert", lambda *_, **__: pytest.fail("stacked"))
+    moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_tied_experts_share_one_store(tmp_path: Path) -> None:
+    """The checkpoint holds the experts of two modules once; both compute with them, and unpatch ties them again."""
+    stock = saved("diffusion_gemma", tmp_path)
+    model = moebius.from_pretrained(str(tmp_path), device="cpu")
+    bytes_of_all = sum(p.nbytes for name, p in stock.named_parameters() if ".experts." in name)
+    assert moebius.stats(model).expert_bytes == bytes_of_all
+    moebius.unpatch(model)
+    restored, original = model.state_dict(), stock.state_dict()
+    assert list(restored) == list(original)
+    assert all(torch.equal(restored[key], original[key]) for key in original)
+    assert model.num_parameters() == stock.num_parameters()
+
+
+def test_progress_is_shown_in_bytes_and_leaves_no_thread(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """tqdm would start a thread that watches its bars, and that stays."""
+    stock = saved("qwen3_moe", tmp_path)
+    nbytes = sum(p.nbytes for name, p in stock.named_parameters() if ".experts." in name)
+    assert nbytes == 393216
+    threads = set(threading.enumerate())
+    model = moebius.from_pretrained(str(tmp_path), device="cpu")
+    assert "393k/393k" in capfd.readouterr().err
+    moebius.unpatch(model)
+    assert {type(thread) for thread in set(threading.enumerate()) - threads} <= {TMonitor}, "not stock's own"
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_a_device_map_of_one_place_works(device_map: object, tmp_path: Path) -> None:
+    stock = saved("qwen3_moe", tmp_path)
+    model = moebius.from_pretrained(str(tmp_path), device="cpu", device_map=device_map)
+    assert torch.allclose(logits(model), logits(stock), atol=1e-5)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+@pytest.mark.parametrize("other", ["disk", "cpu"])
+def test_a_device_map_that_offloads_is_refused(other: str, tmp_path: Path) -> None:
+    """Catches hooks of accelerate that copy experts on every call."""
+    saved("qwen3_moe", tmp_path)
+    places = {"model.embed_tokens": 0, "model.layers": other, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    with pytest.raises(ValueError, match=rf"device_map puts modules on .*{other}.*device_map='cuda:0'"):
+        moebius.from_pretrained(str(tmp_path), device="cpu", device_map=places)
 
 
 def test_saving_a_streamed_model_loses_nothing(tmp_path: Path) -> None:

@@ -70,7 +70,16 @@ def test_options_are_the_arguments_of_patch() -> None:
     """Catches an option that patch takes and Options does not document, or the reverse, and one without effect."""
     names = {field.name for field in fields(Options)}
     assert names == {
-        *("device", "gpu_memory", "expert_format", "cpu_threads", "cache_policy", "predictor", "prefetch"),
+        *(
+            "device",
+            "gpu_memory",
+            "cpu_memory",
+            "expert_format",
+            "cpu_threads",
+            "cache_policy",
+            "predictor",
+            "prefetch",
+        ),
         *("emulated_link", "keep_original"),
     }
     assert [p.kind for p in inspect.signature(moebius.patch).parameters.values()][1:] == [inspect.Parameter.VAR_KEYWORD]

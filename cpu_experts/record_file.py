@@ -1,0 +1,256 @@
+"""Experts in a file: the records of a model's layers as one safetensors file, written once, then mapped or read.
+
+It is ordinary safetensors: for each layer a tensor uint8 [E, record bytes], then tensors of weights that no expert
+computes with, then `CHECKSUMS`: uint32, the CRC-32 of the header (with its length), of each record, and of each extra
+tensor, in the order of the file. The header's metadata holds what is needed to read the records (`LayerFacts`) and what
+they were made from. Data start at a multiple of 4096 bytes, records at multiples of `RECORD_ALIGNMENT`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import warnings
+import weakref
+import zlib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moebius.kernels.experts import RECORD_ALIGNMENT, RecordLayout
+from moebius.kernels.formats import FORMATS
+
+VERSION = "1"  # of the file's form; files of another are refused
+CHECKSUMS = "checksums"
+_PAGE = 4096
+_MAX_HEADER = 100_000_000  # bytes, as safetensors itself allows
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a file says of one layer.
+
+    Args:
+        layout: of its records.
+        num_experts: E.
+        extras: weights beside the experts that a checkpoint of the layer holds, by name: dtype and shape.
+    """
+
+    layout: RecordLayout
+    num_experts: int
+    extras: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return self.num_experts * self.layout.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the file: `count` parts of `nbytes` each from `start` on, and where their checksums begin."""
+
+    start: int
+    nbytes: int
+    count: int
+    checksum: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count * self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """Where everything is; the same for who writes and who reads."""
+
+    header: bytes
+    pieces: dict[str, Piece]
+    checksums: int  # where they start
+    size: int
+
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerFacts], facts: Mapping[str, str]) -> FilePlan:
+        tensors: dict[str, Any] = {}
+        pieces: dict[str, Piece] = {}
+        end, count = 0, 1  # the header's checksum comes first
+        for name, dtype, shape, parts in _tensors(layers):
+            nbytes = prod(shape) * dtype.itemsize
+            code = "U8" if dtype == torch.uint8 else _CODES[dtype]
+            tensors[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+            pieces[name] = Piece(end, nbytes // parts, parts, count)
+            end, count = end + nbytes, count + parts
+        tensors[CHECKSUMS] = {"dtype": "U32", "shape": [count], "data_offsets": [end, end + 4 * count]}
+        described = {name: _describe(layer) for name, layer in layers.items()}
+        metadata = {**facts, "moebius": VERSION, "layers": json.dumps(described)}
+        text = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+        data = -(-(8 + len(text)) // _PAGE) * _PAGE
+        header = (data - 8).to_bytes(8, "little") + text.ljust(data - 8)
+        moved = {name: Piece(p.start + data, p.nbytes, p.count, p.checksum) for name, p in pieces.items()}
+        return cls(header, moved, data + end, data + end + 4 * count)
+
+
+def _tensors(layers: Mapping[str, LayerFacts]) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    """Name, dtype, shape and number of checksums of each tensor: all records first, which keeps them aligned."""
+    result: list[tuple[str, torch.dtype, tuple[int, ...], int]] = [
+        (name, torch.uint8, (layer.num_experts, layer.layout.nbytes), layer.num_experts)
+        for name, layer in layers.items()
+    ]
+    for name, layer in layers.items():
+        result += [(f"{name}|{extra}", dtype, shape, 1) for extra, (dtype, shape) in layer.extras.items()]
+    return result
+
+
+def _describe(layer: LayerFacts) -> dict[str, Any]:
+    extras = {name: [_CODES[dtype], *shape] for name, (dtype, shape) in layer.extras.items()}
+    return {**asdict(layer.layout), "num_experts": layer.num_experts, "extras": extras}
+
+
+class RecordFile:
+    """A file of records, open for reading.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: it is damaged or of another version; nothing of it was used.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path: Path = Path(path)
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._close = weakref.finalize(self, os.close, self._fd)
+        header = self._header()
+        self.facts, self.layers = self._parse(header)
+        self._plan = FilePlan.of(self.layers, self.facts)
+        size = os.fstat(self._fd).st_size
+        if self._plan.header != header or self._plan.size != size:
+            raise self._damaged(f"its {size:,} bytes are not the {self._plan.size:,} that its header describes")
+        self._checksums = np.frombuffer(self._bytes(self._plan.checksums, size - self._plan.checksums), "<u4")
+        if self._checksums[0] != zlib.crc32(header):
+            raise self._damaged("its header does not have the checksum that it was written with")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            mapped = torch.frombuffer(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+        self._mapped, self._base = mapped, mapped.data_ptr()
+        self._starts = [self._plan.pieces[name].start for name in self.layers]
+        self._names = list(self.layers)
+
+    def records(self, name: str) -> torch.Tensor:
+        """A layer's records in the mapped file, uint8 [E, nbytes]; they must not be written."""
+        piece = self._plan.pieces[name]
+        return self._mapped[piece.start : piece.end].view(piece.count, piece.nbytes)
+
+    def extras(self, name: str) -> dict[str, torch.Tensor]:
+        """Copies of a layer's extra tensors, checked."""
+        result = {}
+        for extra, (dtype, shape) in self.layers[name].extras.items():
+            piece, tensor = self._plan.pieces[f"{name}|{extra}"], torch.empty(shape, dtype=dtype)
+            self._read_checked(piece, 0, tensor.view(-1).view(torch.uint8).numpy(), f"{extra} of {name}")
+            result[extra] = tensor
+        return result
+
+    def read(self, record: torch.Tensor, target: torch.Tensor) -> None:
+        """Read a record from the file, past the mapping, and leave nothing of it in the page cache.
+
+        Args:
+            record: a view of one of `records`, uint8 [nbytes]; only its address counts.
+            target: uint8 [nbytes] in host memory.
+
+        Raises:
+            ValueError: the file has changed or is damaged.
+        """
+        offset = record.data_ptr() - self._base
+        name = self._names[bisect_right(self._starts, offset) - 1]
+        piece = self._plan.pieces[name]
+        number = (offset - piece.start) // piece.nbytes
+        self._read_checked(piece, number, target.numpy(), f"expert {number} of {name}")
+        self._forget(piece.start + number * piece.nbytes, piece.nbytes)
+
+    def verify(self, name: str) -> None:
+        """Read all of a layer's records and compare their checksums.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        target = torch.empty(self.layers[name].layout.nbytes, dtype=torch.uint8)
+        for record in self.records(name):
+            self.read(record, target)
+
+    def _read_checked(self, piece: Piece, number: int, target: np.ndarray, what: str) -> None:
+        self._read(piece.start + number * piece.nbytes, target)
+        if zlib.crc32(target.data) != self._checksums[piece.checksum + number]:
+            raise self._damaged(f"{what} does not have the checksum that it was written with")
+
+    def _read(self, offset: int, target: np.ndarray) -> None:
+        view = target.data
+        while len(view):
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise self._damaged(f"it ends at byte {offset:,}, before its data do")
+            view, offset = view[count:], offset + count
+
+    def _bytes(self, offset: int, count: int) -> np.ndarray:
+        target = np.empty(count, np.uint8)
+        self._read(offset, target)
+        return target
+
+    def _forget(self, offset: int, count: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            first = offset // _PAGE * _PAGE  # only whole pages are dropped
+            os.posix_fadvise(self._fd, first, -(-(offset + count - first) // _PAGE) * _PAGE, os.POSIX_FADV_DONTNEED)
+
+    def _header(self) -> bytes:
+        size = os.fstat(self._fd).st_size
+        if size < 8:
+            raise self._damaged(f"it has {size} bytes")
+        start = self._bytes(0, 8).tobytes()
+        length = int.from_bytes(start, "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise self._damaged(f"its header claims {length:,} bytes")
+        return start + self._bytes(8, length).tobytes()
+
+    def _parse(self, header: bytes) -> tuple[dict[str, str], dict[str, LayerFacts]]:
+        try:
+            metadata = json.loads(header[8:])["__metadata__"]
+            version = metadata["moebius"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._damaged("it has no header of Moebius") from None
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path} has version {version!r:.20} of the form that holds experts, and this Moebius reads "
+                f"{VERSION!r}: delete it and convert the checkpoint again"
+            )
+        try:
+            layers = {str(name): _read_facts(entry) for name, entry in json.loads(metadata["layers"]).items()}
+            facts = {str(k): v for k, v in metadata.items() if isinstance(v, str) and k not in ("moebius", "layers")}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"its description of the layers is not valid ({error!r:.80})") from None
+        return facts, layers
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged: {what}; delete it and convert the checkpoint again")
+
+
+def _read_facts(entry: dict[str, Any]) -> LayerFacts:
+    values = dict(entry)
+    num_experts, extras = values.pop("num_experts"), values.pop("extras")
+    layout = RecordLayout(**values)
+    numbers = [num_experts, layout.hidden, layout.intermediate, *(n for _, *shape in extras.values() for n in shape)]
+    if layout.format not in FORMATS or not all(type(n) is int and 0 < n < 1 << 40 for n in numbers):
+        raise ValueError("a size or format that cannot be")
+    if layout.nbytes % RECORD_ALIGNMENT:
+        raise ValueError("records that are not aligned")
+    return LayerFacts(
+        layout, num_experts, {name: (_DTYPES[code], tuple(shape)) for name, (code, *shape) in extras.items()}
+    )

@@ -1,0 +1,83 @@
+"""Which file holds the experts of a checkpoint as records, and when host memory does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from moebius.cpu_experts.record_file import LayerFacts, RecordFile
+from moebius.hf_plugin.options import Options, parse_memory
+from moebius.kernels.numba.jit import cache_root
+
+EXPERTS = "experts.safetensors"  # in the folder of a converted checkpoint
+# Left free in host memory by cpu_memory="auto": room for the rest of the model, the KV cache and the system.
+AUTO_RESERVE = 0.1  # of the free memory,
+AUTO_RESERVE_BYTES = 2 << 30  # and this much
+
+
+def beside(checkpoint_files: Sequence[str]) -> RecordFile | None:
+    """The file of a converted checkpoint, or None for a stock one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = Path(checkpoint_files[0]).parent / EXPERTS if checkpoint_files else None
+    return RecordFile(path) if path is not None and path.is_file() else None
+
+
+def budget(options: Options, total: int) -> int | None:
+    """Bytes of host memory for experts that take `total` bytes, or None where all have room."""
+    wanted = parse_memory(options.cpu_memory, total)
+    if wanted is None:
+        wanted = int(psutil.virtual_memory().available * (1 - AUTO_RESERVE)) - AUTO_RESERVE_BYTES
+    return None if wanted >= total else wanted
+
+
+def cached(checkpoint_files: Sequence[str], layers: Mapping[str, LayerFacts]) -> tuple[Path, dict[str, str]]:
+    """Where the records of a checkpoint are kept between processes, and the facts that the file says of its source.
+
+    The name depends on all that decides what is in the file: the checkpoint's files (name, size, time of the last
+    change, header) and the layers' layouts. A file whose records are of another checkpoint is never found.
+    """
+    source = json.dumps([_identity(Path(file)) for file in sorted(checkpoint_files)])
+    digest = hashlib.sha256(f"{source} {sorted((name, repr(facts)) for name, facts in layers.items())}".encode())
+    folder = Path(checkpoint_files[0]).parent.name
+    return cache_root() / "experts" / f"{folder}-{digest.hexdigest()[:20]}.safetensors", {"source": source}
+
+
+def open_for(path: Path, layers: Mapping[str, LayerFacts]) -> RecordFile:
+    """The file at a path, which must hold exactly these layers.
+
+    Raises:
+        ValueError: it is damaged, or holds others.
+    """
+    return checked(RecordFile(path), layers)
+
+
+def checked(file: RecordFile, layers: Mapping[str, LayerFacts]) -> RecordFile:
+    """The file, which must hold exactly these layers.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    for name in {**layers, **file.layers}:
+        found, wanted = file.layers.get(name), layers.get(name)
+        if found != wanted:
+            raise ValueError(
+                f"{file.path} holds {found or 'nothing'} for the experts of {name!r}, where the model's configuration "
+                f"asks for {wanted or 'nothing'}: it belongs to another checkpoint; convert the checkpoint again"
+            )
+    return file
+
+
+def _identity(path: Path) -> tuple[str, int, int, str]:
+    facts = path.stat()
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(min(int.from_bytes(start, "little"), 100_000_000))
+    return os.path.abspath(path), facts.st_size, facts.st_mtime_ns, hashlib.sha256(header).hexdigest()
