@@ -166,7 +166,8 @@ class ExpertCache:
 
         Raises:
             ValueError: as for the constructor; nothing has changed.
-            RuntimeError: a step is under way, or the device has no room; the cache has its former budget then.
+            RuntimeError: a step is under way, or the device has no room; the cache has its former budget then, or no
+                slot at all if there is no room for that any more: resize it to less, or close it.
         """
         slots = self._divide(budget)
         if self._pinned:
@@ -178,7 +179,8 @@ class ExpertCache:
             self._drop_pools()
             self._pools = self._make_pools(slots)
         except BaseException:
-            self._pools = self._make_pools(former)
+            if former:
+                self._pools = self._make_pools(former)
             raise
 
     def copy_times(self) -> list[float]:
@@ -216,6 +218,11 @@ class ExpertCache:
     def slots(self) -> int:
         """Slots in all pools."""
         return sum(pool.table.slots for pool in self._pools)
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget: one record of each size."""
+        return sum(self._records[group[0]].shape[1] for group in self._groups)
 
     @property
     def nbytes(self) -> int:

@@ -43,6 +43,7 @@ class Tier:
     costs: CostModel
     launches: dict[int, Launched] = field(default_factory=dict)  # of each layer the last, until its time is counted
     predictions: Predictions = field(default_factory=Predictions)
+    shrunk: int = 0  # how often, since the device had no memory for others
 
     def observe_copies(self) -> None:
         """Let the cost of an upload follow the link, by the copies that have completed meanwhile, and the price it."""

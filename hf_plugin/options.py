@@ -24,7 +24,8 @@ class Options:
             moves to a GPU that is chosen here. A model that is spread over several GPUs already stays so: unless a
             number is given, every layer has its cache on the GPU where it computes.
         gpu_memory: bound of the expert cache: bytes (int), "8GiB", "25%" or 0.25 (of all expert bytes), or "auto"
-            (the free device memory minus a reserve for KV cache and activations). With several GPUs it holds for each,
+            (the free device memory minus a reserve for the KV cache of up to 16,384 tokens, activations, workspace).
+            Where the device runs out of memory nevertheless, the cache shrinks. With several GPUs it holds for each,
             and a fraction is one of the experts there.
         cpu_memory: bound of host memory for experts, in the same forms; "auto" is the free memory minus a reserve. What
             exceeds it stays in a file and is read when needed; that takes `moebius.from_pretrained`.

@@ -12,11 +12,14 @@ from torch import nn
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
+from moebius.hf_plugin import memory_guard
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites
 from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.held import HeldWeights
 from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
+from moebius.hf_plugin.memory_guard import GuardedForward
 from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.reserve import reserve_for
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
@@ -78,14 +81,22 @@ def make_layers(
 
 def start(model: nn.Module, layers: list[PatchedLayer], options: Options, file: RecordFile | None = None) -> None:
     """Give installed layers what they share, and the model its place; `file` holds the experts if memory does not."""
-    runtime = ModelRuntime(options, layers, file)
+    reserve = reserve_for(getattr(model, "config", None), _itemsize(model))
+    runtime = ModelRuntime(options, layers, reserve, file)
     for layer in layers:
         layer.runtime = runtime
     _to_device(model, runtime)
     runtime.open()
+    if options.device != "cpu":
+        GuardedForward(model, runtime).install()
     for module in model.modules():
         if hasattr(type(module), _COMPILES):  # a replayed graph would skip the CPU's part of every layer
             module.__dict__[_COMPILES] = _never
+
+
+def _itemsize(model: nn.Module) -> int:
+    """Bytes of the dtype that the model computes in."""
+    return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
 def unpatch(model: Model) -> Model:
@@ -230,6 +241,7 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
     if moved:
         model.to("cpu")
     for module in model.modules():
+        memory_guard.remove(module)
         if module.__dict__.get(_COMPILES) is _never:
             del module.__dict__[_COMPILES]
 

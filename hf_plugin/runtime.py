@@ -21,8 +21,9 @@ from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.recording import Recorder
+from moebius.hf_plugin.reserve import Reserve
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
-from moebius.hf_plugin.tiers import budget, distinct, open_tiers
+from moebius.hf_plugin.tiers import budget, distinct, fitting, open_tiers, shrink
 from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class ModelRuntime:
     Args:
         options: as given to `patch`, with `device` resolved (not "auto").
         layers: the patched layers in order.
+        reserve: device memory that the model needs besides its weights.
         file: what holds their experts, if memory does not.
     """
 
-    def __init__(self, options: Options, layers: Sequence[PatchedLayer], file: RecordFile | None = None) -> None:
-        self.options, self.file = options, file
+    def __init__(
+        self, options: Options, layers: Sequence[PatchedLayer], reserve: Reserve, file: RecordFile | None = None
+    ) -> None:
+        self.options, self.reserve, self.file = options, reserve, file
         self.lock = threading.RLock()
         self.stores: list[ExpertStore] = [layer.store for layer in layers]
         self.layers: list[ref[PatchedLayer]] = [ref(layer) for layer in layers]
@@ -72,7 +76,7 @@ class ModelRuntime:
             RuntimeError: there is no such device.
         """
         if self.options.device != "cpu":
-            self.tiers = open_tiers(self.options, self.executor, self.stores, self._places())
+            self.tiers = open_tiers(self.options, self.executor, self.stores, self._places(), self.reserve)
             self._stale = False
 
     def _places(self) -> list[torch.device]:
@@ -99,14 +103,13 @@ class ModelRuntime:
         """Layer `index` has other records now; the cache is opened anew before its next use."""
         with self.lock:
             self.stores[index] = store
-            self._close_tiers()
-            self._stale = self.options.device != "cpu"
+            self._forget_tiers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRuntime:
         """The runtime of a copied model: own threads and cache, filled by the copied layers through `adopt`."""
         new = object.__new__(ModelRuntime)
         memo[id(self)] = new
-        new.options, new.file, new.lock = self.options, self.file, threading.RLock()
+        new.options, new.reserve, new.file, new.lock = self.options, self.reserve, self.file, threading.RLock()
         new.stores, new.layers = list(self.stores), list(self.layers)
         new._start(self._names)
         new._patched = 0
@@ -133,19 +136,39 @@ class ModelRuntime:
                 raise ValueError("a model on device='cpu' has no cache to resize; patch it with a device that has one")
             former, self.options = self.options, replace(self.options, gpu_memory=gpu_memory)
             try:
-                if self._stale:
-                    self.open()
-                else:
-                    sizes = [(tier.cache, self._budget(tier.cache)) for tier in distinct(self.tiers)]
-                    for cache, size in sizes:
-                        cache.resize(size)
-            except BaseException:
+                self._resize()
+            except BaseException as error:
                 self.options = former
+                if isinstance(error, torch.OutOfMemoryError):
+                    self._forget_tiers()
                 raise
 
+    def _resize(self) -> None:
+        if self._stale:
+            self.open()
+            return
+        sizes = [(tier.cache, self._budget(tier.cache)) for tier in distinct(self.tiers)]
+        for cache, size in sizes:
+            fitting(cache.device.name, size, cache.least_bytes, cache.resize)
+
+    def _forget_tiers(self) -> None:
+        """Close the caches; they are opened anew before their next use."""
+        self._close_tiers()
+        self._stale = self.options.device != "cpu"
+
     def _budget(self, cache: ExpertCache) -> int:
-        stores = [self.stores[number] for number in cache.layers]
-        return budget(self.options, cache.device.name, stores, cache.free_memory() + cache.nbytes)
+        served, free = [self.stores[number] for number in cache.layers], cache.free_memory() + cache.nbytes
+        return budget(self.options, cache.device.name, served, len(self.stores), free, self.reserve)
+
+    def shrink(self) -> bool:
+        """Some device ran out of memory: make the cache smaller where least is free. False if none can be."""
+        with self.lock:
+            tiers = sorted(distinct(self.tiers), key=lambda tier: tier.cache.free_memory())
+            try:
+                return any(shrink(tier) for tier in tiers)
+            except torch.OutOfMemoryError:  # not even for the least
+                self._forget_tiers()
+                return False
 
     # ---- statistics
 
@@ -194,6 +217,12 @@ class ModelRuntime:
             f"{layer.name}: experts run as torch code, since their activation or norm has no kernel"
             for layer in layers
             if layer.store.spec.torch_code
+        ]
+        notes += [
+            f"{tier.cache.device.name}: out of memory {tier.shrunk} times, for which the cache shrank to "
+            f"{tier.cache.nbytes / 2**30:.2f} GiB"
+            for tier in distinct(self.tiers)
+            if tier.shrunk
         ]
         if not isinstance(self.predictor, NoPrediction):
             notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]

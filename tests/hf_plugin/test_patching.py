@@ -81,6 +81,8 @@ def test_the_patch_runs_the_experts_and_leaves_the_rest(
     forwards = {name: vars(module).get("forward") for name, module in model.named_modules()}
     with patched(model, **options):
         changed = [n for n, m in model.named_modules() if vars(m).get("forward") is not forwards[n]]
+        if options["device"] != "cpu":
+            changed.remove("")  # the model's own, which is run again where memory runs out
         assert changed
         assert all(name.endswith(".mlp.experts") for name in changed)
         with monkeypatch.context() as silent:
