@@ -16,7 +16,8 @@ from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
-from moebius.kernels.routes import build_routes
+from moebius.kernels.packing import pack
+from moebius.kernels.routes import build_routes, select
 
 _SIZE, _EXPERTS = 32, 2
 
@@ -32,21 +33,25 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
     """Run a tiny layer in each format, at one token and at several, and a step of the cache policy.
 
     This compiles what is not in the cache folder yet.
+
+    Args:
+        progress: called as each step begins, with its name and the fraction done of the whole.
     """
-    spec = ExpertSpec(_SIZE, _SIZE)
-    executor = CpuExecutor(1)
+    spec, steps = ExpertSpec(_SIZE, _SIZE), len(formats) + 1
+    executor = CpuExecutor(2)  # one thread would need no crew
     try:
         for done, format in enumerate(formats):
-            progress(format, done / len(formats))
+            progress(format, done / steps)
             begun = perf_counter()
             store = ExpertStore.empty(spec, RecordLayout.of(spec, format), _EXPERTS)
-            store.records.zero_()
+            pack(store.layout, store.records, {n: torch.ones(_EXPERTS, *s) for n, s in store.layout.shapes().items()})
             for tokens in (1, 8):
                 ids = np.zeros((tokens, 1), np.int64)
                 routes = build_routes(ids, np.ones((tokens, 1), np.float32), _EXPERTS)
                 x = torch.zeros(tokens, _SIZE, dtype=FLOATS.get(format, torch.float32))
                 executor.run(store, x, routes, torch.zeros(tokens, _SIZE))
             yield Compiled(format, perf_counter() - begun)
+        progress("cache", len(formats) / steps)
         begun = perf_counter()
         _use_policy()
         yield Compiled("cache", perf_counter() - begun)
@@ -57,5 +62,6 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
 def _use_policy() -> None:
     """One step of the default cache policy."""
     policy, experts = make_policy(Options().cache_policy, [_EXPERTS]), np.arange(1, dtype=np.int32)
+    select(build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), _EXPERTS), np.ones(1, bool))
     policy.used(0, experts, np.zeros(1, bool))
     policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)

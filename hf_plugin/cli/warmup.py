@@ -13,12 +13,16 @@ from moebius.kernels.formats import FLOATS, FORMATS
 
 
 def warmup(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name: only what its dtype needs.")] = None,
-    formats: Annotated[str | None, typer.Option("--format", help=f"Of {', '.join(FORMATS)}.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, hub name or config.json: only what its dtype needs.")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option("--expert-format", "--format", help=f"Instead of the dtype's: {', '.join(FORMATS)}.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Compile the CPU kernels into the cache folder; the next first call takes under a second."""
-    chosen = formats.split(",") if formats else [_native(model)] if model else list(FORMATS)
+    chosen = [name.strip() for name in formats.split(",")] if formats else [_native(model)] if model else list(FORMATS)
     if unknown := [name for name in chosen if name not in FORMATS]:
         raise ValueError(f"expert format {unknown[0]!r} is unknown; choose of {', '.join(FORMATS)}")
     with progress_bar("compiling") as update:

@@ -207,7 +207,11 @@ def test_warmup_compiles_every_format(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """One row a format; a model's own format alone where a model is named."""
     assert [row["kernels"] for row in json.loads(invoke("warmup", "--json").stdout)] == [*FORMATS, "cache"]
     assert [row["kernels"] for row in json.loads(invoke("warmup", TINY, "--json").stdout)] == ["bf16", "cache"]
-    assert "unknown" in str(invoke("warmup", "--format", "int3").exception)
+    config = str(Path(TINY) / "config.json")  # a model that is not here yet
+    assert [row["kernels"] for row in json.loads(invoke("warmup", config, "--json").stdout)] == ["bf16", "cache"]
+    rows = json.loads(invoke("warmup", TINY, "--expert-format", "int8, fp32", "--json").stdout)
+    assert [row["kernels"] for row in rows] == ["int8", "fp32", "cache"]
+    assert "unknown" in str(invoke("warmup", "--expert-format", "int3").exception)
 
 
 def test_trace_is_read_by_replay(tmp_path: Path) -> None:
