@@ -172,7 +172,7 @@ class Layer:
         table = pair_table(routes, slots, len(x), self.device)
         if len(x) <= DECODE_TOKENS:
             return lambda: decode(self.spec, self.layout, self.pool, x, table)
-        tiles = tile_table(routes, slots, PREFILL_TILES[self.layout.format].pairs, self.device)
+        tiles = tile_table(routes, slots, PREFILL_TILES[self.layout.code].pairs, self.device)
         return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles)
 
     def error(self) -> float:

@@ -21,7 +21,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import DEFAULT_CACHE_BYTES, RecordReader
 from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
-from moebius.kernels.formats import FORMATS
+from moebius.kernels.formats import coding
 from moebius.kernels.packing import pack
 from moebius.kernels.reference import expert_forward
 from moebius.kernels.routes import build_routes
@@ -107,7 +107,7 @@ def run(
 
     Args:
         tokens: numbers of tokens T per call.
-        formats: expert formats, of `FORMATS`.
+        formats: expert formats, of `FORMATS`, or spelt out (see `moebius.kernels.formats`).
         threads: of the computation and of the plain read; None for the physical cores.
         layers: None for as many as make the weights four times the last-level cache; fewer are refused.
         repeats: measured calls per row; None for 200 at one token down to 10 at many.
@@ -117,8 +117,7 @@ def run(
         ValueError: an unknown format, or fewer layers than an honest figure needs.
     """
     for format in formats:
-        if format not in FORMATS:
-            raise ValueError(f"expert format {format!r} is unknown; choose of {', '.join(FORMATS)}")
+        coding(format)  # raises where there is none
     cpu = machine.cpu()
     threads = threads or min(cpu.physical_cores, cpu.usable_cores)
     spec, source = ExpertSpec(shape.hidden, shape.intermediate), RandomExperts(shape)

@@ -133,6 +133,11 @@ class RecordLayout:
         return coding(self.format)
 
     @property
+    def code(self) -> str:
+        """What a stored weight is: a float format, or the code of its `Coding`."""
+        return self.format if self.coding is None else self.coding.code
+
+    @property
     def quantized(self) -> bool:
         return self.coding is not None
 

@@ -73,7 +73,7 @@ _NAMED |= {
     "fp8": Coding("e4m3", 128, 128, "fp32"),  # DeepSeek-V3, Qwen3 and GLM releases
     "mxfp4": Coding("e2m1", 1, 32, "e8m0"),  # gpt-oss
 }
-FORMATS: tuple[str, ...] = (*FLOATS, "int8", "int4")  # those that weights can be converted to by name
+FORMATS: tuple[str, ...] = (*FLOATS, *_NAMED)  # those that weights can be converted to by name
 _SPELLED = re.compile(r"(\w+)-(\d+)x(\d+)-(\w+?)(-zeros)?")
 
 

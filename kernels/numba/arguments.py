@@ -12,22 +12,24 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
-from moebius.kernels.numba import portable, quantized, words
+from moebius.kernels.numba import coded, portable, quantized, words
+from moebius.kernels.numba.decoding import BF16_SCALE, E8M0_SCALE, FP16_SCALE, FP32_SCALE
 from moebius.kernels.numba.groups import vector_bytes
 from moebius.kernels.numba.jit import Entry
 from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill, find_range_error
 from moebius.kernels.numba.simd import LANES
 from moebius.kernels.routes import Routes
 
-_WORK: dict[str, Entry] = {
-    "fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16,
-    "int8": quantized.work_int8, "int4": quantized.work_int4,
-}  # fmt: skip
+_FLOAT_WORK = {"fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16}
+_ROUNDING_WORK = {"int8": quantized.work_int8, "int4": quantized.work_int4}  # by code
+_CODED_WORK = {"int8": coded.work_int8, "int4": coded.work_int4, "e4m3": coded.work_e4m3, "e2m1": coded.work_e2m1}
+_SCALE_KIND = {"fp32": FP32_SCALE, "bf16": BF16_SCALE, "fp16": FP16_SCALE, "e8m0": E8M0_SCALE}
 _X_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PARTS = {
     "gate": words.GATE, "up": words.UP, "down": words.DOWN,
     "gate_bias": words.GATE_BIAS, "up_bias": words.UP_BIAS, "down_bias": words.DOWN_BIAS,
     "gate_scale": words.GATE_SCALE, "up_scale": words.UP_SCALE, "down_scale": words.DOWN_SCALE,
+    "gate_zero": words.GATE_ZERO, "up_zero": words.UP_ZERO, "down_zero": words.DOWN_ZERO,
 }  # fmt: skip
 _ROUTES = np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.float32)
 
@@ -39,7 +41,7 @@ class Layer:
     Args:
         words: int64 [LAYER_WORDS], see `words`.
         num_experts: E.
-        quantized: whether inputs are quantised before they are read.
+        rounds: whether inputs are rounded to integers before they are read.
         x_bytes: bytes of a token's input as the kernels read it.
         inner_bytes: bytes of a pair's activated intermediate.
         work: computes units of a job in the layer's format.
@@ -47,7 +49,7 @@ class Layer:
 
     words: np.ndarray
     num_experts: int
-    quantized: bool
+    rounds: bool
     x_bytes: int
     inner_bytes: int
     work: Entry
@@ -73,13 +75,22 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
         raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
     x_bytes, inner_bytes = (_vector_bytes(n, layout) for n in (spec.hidden, spec.intermediate))
     described = _layer_words(spec, layout, records)
-    return Layer(
-        described, records.shape[0], layout.quantized, x_bytes, inner_bytes, _WORK[layout.format], records
-    )  # fmt: skip
+    return Layer(described, records.shape[0], _rounds(layout), x_bytes, inner_bytes, _work(layout), records)
 
 
 def _vector_bytes(n: int, layout: RecordLayout) -> int:
-    return vector_bytes(n, layout.format) if layout.quantized else -(-n // LANES) * LANES * 4
+    return vector_bytes(n, layout.format) if _rounds(layout) else -(-n // LANES) * LANES * 4
+
+
+def _rounds(layout: RecordLayout) -> bool:
+    return layout.coding is not None and layout.coding.rounds
+
+
+def _work(layout: RecordLayout) -> Entry:
+    coding = layout.coding
+    if coding is None:
+        return _FLOAT_WORK[layout.format]
+    return (_ROUNDING_WORK if coding.rounds else _CODED_WORK)[coding.code]
 
 
 def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> np.ndarray:
@@ -90,6 +101,10 @@ def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) 
     for name, part in layout.parts().items():
         result[_PARTS[name]] = records.data_ptr() + part.offset
         result[_PARTS[name] + 1] = layout.nbytes
+    if (coding := layout.coding) is not None:
+        result[[words.SCALE_KIND, words.SCALE_ROWS, words.SCALE_COLUMNS]] = (
+            _SCALE_KIND[coding.scale], coding.rows, coding.columns,
+        )  # fmt: skip
     return result
 
 
@@ -106,7 +121,7 @@ def scratch_bytes(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
 
 def _prepares(layer: Layer, x: torch.Tensor) -> int:
     """Tokens whose input the kernels cannot read as it is."""
-    return x.shape[0] if layer.quantized or x.dtype != torch.float32 else 0
+    return x.shape[0] if layer.rounds or x.dtype != torch.float32 else 0
 
 
 def prepare(

@@ -12,7 +12,9 @@ HIDDEN, INTERMEDIATE, KIND = 0, 1, 2
 ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT = 3, 4, 5, 6, 7  # fp32 bits in the low half
 GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 8, 10, 12, 14, 16, 18
 GATE_SCALE, UP_SCALE, DOWN_SCALE = 20, 22, 24
-LAYER_WORDS = 26
+GATE_ZERO, UP_ZERO, DOWN_ZERO = 26, 28, 30
+SCALE_KIND, SCALE_ROWS, SCALE_COLUMNS = 32, 33, 34  # see `decoding`; the block that shares a scale, 0: all
+LAYER_WORDS = 35
 
 # Job: two counters on cache lines of their own, then sizes and addresses.
 NEXT = 0  # next unit of work that nobody has taken

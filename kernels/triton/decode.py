@@ -36,7 +36,7 @@ def decode(
     tokens, hidden, intermediate = x.shape[0], spec.hidden, spec.intermediate
     activated = torch.empty(table.pairs, intermediate, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    tile = DECODE_TILES[layout.format]
+    tile = DECODE_TILES[layout.code]
     common = {**storage(layout), "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, **OPTIONS}
     intermediate_kernel[table.pairs, triton.cdiv(intermediate, tile.rows)](
         pool, x, table.data, activated, table.pairs,
@@ -55,10 +55,10 @@ def intermediate_kernel(
     table,  # int32, see PairTable
     activated,  # fp32 [P, I], written
     P,
-    UP: tl.constexpr, UP_SCALE: tl.constexpr, UP_BIAS: tl.constexpr,
-    GATE: tl.constexpr, GATE_SCALE: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
+    UP: tl.constexpr, UP_SCALE: tl.constexpr, UP_ZERO: tl.constexpr, UP_BIAS: tl.constexpr,
+    GATE: tl.constexpr, GATE_SCALE: tl.constexpr, GATE_ZERO: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
-    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
+    CODING: tl.constexpr, BIAS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, ACT_MAX: tl.constexpr,
     UP_MAX: tl.constexpr, UP_SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -68,14 +68,16 @@ def intermediate_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     record = pool + tl.load(table + pair).to(tl.int64) * STRIDE
     inputs = x + tl.load(table + P + pair).to(tl.int64) * H
-    SUMS: tl.constexpr = COLUMNS if BITS == 0 else COLUMNS // GROUP_SIZE
+    SUMS: tl.constexpr = COLUMNS if CODING[0] == 0 else COLUMNS // GROUP_SIZE
     up = tl.zeros([ROWS, SUMS], tl.float32)
     gate = tl.zeros([ROWS, SUMS], tl.float32)
     for start in range(0, H, COLUMNS):
-        first, second = load_inputs(inputs, start, H, BITS, COLUMNS)
-        up += multiply_rows(record, UP, UP_SCALE, STORED, BITS, rows, INNER, H, start, first, second, COLUMNS)
+        first, second = load_inputs(inputs, start, H, CODING, COLUMNS)
+        up += multiply_rows(record, UP, UP_SCALE, UP_ZERO, CODING, rows, INNER, H, start, first, second, COLUMNS)
         if GATED:
-            gate += multiply_rows(record, GATE, GATE_SCALE, STORED, BITS, rows, INNER, H, start, first, second, COLUMNS)
+            gate += multiply_rows(
+                record, GATE, GATE_SCALE, GATE_ZERO, CODING, rows, INNER, H, start, first, second, COLUMNS
+            )
     up_sum = tl.sum(up, axis=1)
     gate_sum = tl.sum(gate, axis=1)
     if BIASED:
@@ -94,15 +96,15 @@ def down_kernel(
     table,  # int32, see PairTable
     out,  # fp32 [T, H], written
     P,
-    DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_ZERO: tl.constexpr, DOWN_BIAS: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
-    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
+    CODING: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token over all its pairs. Grid (T, ceil(H / ROWS))."""
     token = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    SUMS: tl.constexpr = COLUMNS if BITS == 0 else COLUMNS // GROUP_SIZE
+    SUMS: tl.constexpr = COLUMNS if CODING[0] == 0 else COLUMNS // GROUP_SIZE
     total = tl.zeros([ROWS], tl.float32)
     position = tl.load(table + 4 * P + token)
     end = tl.load(table + 4 * P + token + 1)
@@ -113,9 +115,9 @@ def down_kernel(
         inputs = activated + pair.to(tl.int64) * INNER
         products = tl.zeros([ROWS, SUMS], tl.float32)
         for start in range(0, INNER, COLUMNS):
-            first, second = load_inputs(inputs, start, INNER, BITS, COLUMNS)
+            first, second = load_inputs(inputs, start, INNER, CODING, COLUMNS)
             products += multiply_rows(
-                record, DOWN, DOWN_SCALE, STORED, BITS, rows, H, INNER, start, first, second, COLUMNS
+                record, DOWN, DOWN_SCALE, DOWN_ZERO, CODING, rows, H, INNER, start, first, second, COLUMNS
             )
         y = tl.sum(products, axis=1)
         if BIASED:

@@ -42,5 +42,5 @@ def moe_forward(
     with _one_at_a_time:
         if tokens <= DECODE_TOKENS:
             return decode(spec, layout, pool, x, pairs)
-        tiles = tile_table(routes, slots, PREFILL_TILES[layout.format].pairs, x.device)
+        tiles = tile_table(routes, slots, PREFILL_TILES[layout.code].pairs, x.device)
         return prefill(spec, layout, pool, x, pairs, tiles)

@@ -38,7 +38,7 @@ def prefill(
     Args:
         pool: records, uint8 [S, nbytes].
         x: [T, H], contiguous, fp32, bf16 or fp16.
-        table: the pairs, and `tiles` of them with ``PREFILL_TILES[format].pairs`` rows, on the device of x.
+        table: the pairs, and `tiles` of them with ``PREFILL_TILES[layout.code].pairs`` rows, on the device of x.
 
     Returns:
         fp32 [T, H].
@@ -46,7 +46,7 @@ def prefill(
     hidden, intermediate, products = spec.hidden, spec.intermediate, product_type(layout, x.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=products, device=x.device)
     y = torch.empty(table.pairs, hidden, dtype=torch.float32, device=x.device)
-    rows, columns, depth_bytes, warps = PREFILL_TILES[layout.format]
+    rows, columns, depth_bytes, warps = PREFILL_TILES[layout.code]
     blocks = {"PAIRS": rows, "COLUMNS": columns, "DEPTH": depth_bytes // products.itemsize, "num_warps": warps}
     common = {**storage(layout), "TYPE": TYPES[products], **blocks, **OPTIONS}
     gate_up_kernel[tiles.tiles, triton.cdiv(intermediate, columns)](
@@ -68,10 +68,10 @@ def gate_up_kernel(
     activated,  # [P, I], written
     P,
     M,
-    UP: tl.constexpr, UP_SCALE: tl.constexpr, UP_BIAS: tl.constexpr,
-    GATE: tl.constexpr, GATE_SCALE: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
+    UP: tl.constexpr, UP_SCALE: tl.constexpr, UP_ZERO: tl.constexpr, UP_BIAS: tl.constexpr,
+    GATE: tl.constexpr, GATE_SCALE: tl.constexpr, GATE_ZERO: tl.constexpr, GATE_BIAS: tl.constexpr, GATED: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
-    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
+    CODING: tl.constexpr, BIAS: tl.constexpr,
     KIND: tl.constexpr, ALPHA: tl.constexpr, GATE_MAX: tl.constexpr, ACT_MAX: tl.constexpr,
     UP_MAX: tl.constexpr, UP_SHIFT: tl.constexpr,
     TYPE: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -86,11 +86,11 @@ def gate_up_kernel(
     up = tl.zeros([PAIRS, COLUMNS], tl.float32)
     gate = tl.zeros([PAIRS, COLUMNS], tl.float32)
     for start in range(0, H, DEPTH):
-        first, second = _operands(inputs, live, start, H, BITS, TYPE, DEPTH)
-        up = multiply_tile(up, first, second, record, UP, UP_SCALE, STORED, BITS, rows, INNER, H, start, TYPE, DEPTH)
+        first, second = _operands(inputs, live, start, H, CODING, TYPE, DEPTH)
+        up = multiply_tile(up, first, second, record, UP, UP_SCALE, UP_ZERO, CODING, rows, INNER, H, start, TYPE, DEPTH)
         if GATED:
             gate = multiply_tile(
-                gate, first, second, record, GATE, GATE_SCALE, STORED, BITS, rows, INNER, H, start, TYPE, DEPTH
+                gate, first, second, record, GATE, GATE_SCALE, GATE_ZERO, CODING, rows, INNER, H, start, TYPE, DEPTH
             )
     if BIASED:
         up += load_bias(record, UP_BIAS, BIAS, rows, INNER)[None, :]
@@ -111,9 +111,9 @@ def down_kernel(
     y,  # fp32 [P, H], written
     P,
     M,
-    DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_ZERO: tl.constexpr, DOWN_BIAS: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, STRIDE: tl.constexpr, BIASED: tl.constexpr,
-    BITS: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr,
+    CODING: tl.constexpr, BIAS: tl.constexpr,
     TYPE: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Weighted outputs of one tile of pairs, COLUMNS of H. Grid (M, ceil(H / COLUMNS))."""
@@ -125,9 +125,9 @@ def down_kernel(
     rows = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # of the weights
     total = tl.zeros([PAIRS, COLUMNS], tl.float32)
     for start in range(0, INNER, DEPTH):
-        first, second = _operands(inputs, live, start, INNER, BITS, TYPE, DEPTH)
+        first, second = _operands(inputs, live, start, INNER, CODING, TYPE, DEPTH)
         total = multiply_tile(
-            total, first, second, record, DOWN, DOWN_SCALE, STORED, BITS, rows, H, INNER, start, TYPE, DEPTH
+            total, first, second, record, DOWN, DOWN_SCALE, DOWN_ZERO, CODING, rows, H, INNER, start, TYPE, DEPTH
         )
     if BIASED:
         total += load_bias(record, DOWN_BIAS, BIAS, rows, H)[None, :]
@@ -137,11 +137,11 @@ def down_kernel(
 
 
 @triton.jit
-def _operands(inputs, live, start, M: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr, DEPTH: tl.constexpr):
+def _operands(inputs, live, start, M: tl.constexpr, CODING: tl.constexpr, TYPE: tl.constexpr, DEPTH: tl.constexpr):
     """Both halves of one step's inputs, TYPE [PAIRS, columns of `depth_of`]."""
-    depth = depth_of(start, BITS, DEPTH)[None, :]
+    depth = depth_of(start, CODING, DEPTH)[None, :]
     first = tl.load(inputs + depth, mask=live[:, None] & (depth < M), other=0.0).to(TYPE)
     second = first
-    if BITS == 4:
+    if CODING[0] == 4:
         second = tl.load(inputs + depth + HALF, mask=live[:, None] & (depth + HALF < M), other=0.0).to(TYPE)
     return first, second

@@ -1,8 +1,9 @@
-"""Weights of a record as kernels read them: float weights as they are, quantised ones unpacked in registers.
+"""Weights of a record as kernels read them: float weights as they are, codes turned into numbers in registers.
 
-A step of a kernel takes COLUMNS (or DEPTH) weights of each row, whole groups where they are quantised. A byte of int4
-holds weights j and 16 + j of its group, so its inputs come in two halves that meet the low and the high nibbles; the
-other formats have one, given twice.
+A step of a kernel takes COLUMNS (or DEPTH) weights of each row, whole groups where they are coded. A byte of 4-bit
+codes holds weights j and 16 + j of its group, so its inputs come in two halves that meet the low and the high nibbles;
+the other formats have one, given twice. Small floats are read as fp16 with their exponent in its place, which every
+card and the interpreter know.
 """
 
 from __future__ import annotations
@@ -16,36 +17,45 @@ import triton
 import triton.language as tl
 
 from moebius.kernels.experts import RecordLayout
-from moebius.kernels.formats import GROUP
+from moebius.kernels.formats import GROUP, SCALES
 
 GROUP_SIZE: tl.constexpr = tl.constexpr(GROUP)
 HALF: tl.constexpr = tl.constexpr(GROUP // 2)
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_CODES = {0: None, 8: tl.int8, 4: tl.uint8}
+INT8, INT4, E4M3, E2M1 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+_CODES = {"int8": INT8.value, "int4": INT4.value, "e4m3": E4M3.value, "e2m1": E2M1.value}
+_SCALES = {torch.uint8: tl.uint8, **TYPES}
 
 
 @cache
 def storage(layout: RecordLayout) -> Mapping[str, Any]:
     """Keyword arguments for every kernel that reads records of `layout`."""
-    bits = 0 if layout.coding is None else layout.coding.bits
     return {
         "H": layout.hidden,
         "INNER": layout.intermediate,
         "STRIDE": layout.nbytes,
         "BIASED": layout.biased,
-        "BITS": bits,
-        "STORED": _CODES[bits] or TYPES[layout.dtype],
-        "BIAS": TYPES[layout.dtype],  # fp32 where the weights are quantised
+        "BIAS": TYPES[layout.dtype],  # fp32 where the weights are coded
+        "CODING": _coding(layout),
     }
+
+
+def _coding(layout: RecordLayout) -> tuple[Any, ...]:
+    """Bits of a code (0: floats), type of what is loaded, the code, type of scales, rows and columns of a block."""
+    coding = layout.coding
+    if coding is None:
+        return 0, TYPES[layout.dtype], 0, tl.float32, 0, 0
+    stored = tl.int8 if coding.code == "int8" else tl.uint8
+    return coding.bits, stored, _CODES[coding.code], _SCALES[SCALES[coding.scale]], coding.rows, coding.columns
 
 
 @cache
 def offsets(layout: RecordLayout) -> Mapping[str, int]:
-    """First byte of every part of a record by its name in capitals; 0 for those it lacks, which no kernel reads."""
+    """First byte of every part of a record by its name in capitals; -1 for those it lacks, which no kernel reads."""
     matrices = ("GATE", "UP", "DOWN")
-    names = [name + suffix for name in matrices for suffix in ("", "_SCALE", "_BIAS")]
-    return dict.fromkeys(names, 0) | {name.upper(): part.offset for name, part in layout.parts().items()}
+    names = [name + suffix for name in matrices for suffix in ("", "_SCALE", "_ZERO", "_BIAS")]
+    return dict.fromkeys(names, -1) | {name.upper(): part.offset for name, part in layout.parts().items()}
 
 
 @cache
@@ -67,8 +77,9 @@ def load_bias(record, OFFSET: tl.constexpr, TYPE: tl.constexpr, rows, N: tl.cons
 
 
 @triton.jit
-def load_inputs(inputs, start, M: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_inputs(inputs, start, M: tl.constexpr, CODING: tl.constexpr, COLUMNS: tl.constexpr):
     """A vector's values from `start` on, in both halves, fp32 [1, COLUMNS], or [1, groups, bytes of a group]."""
+    BITS: tl.constexpr = CODING[0]
     if BITS == 0:
         columns = start + tl.arange(0, COLUMNS)
         first = tl.load(inputs + columns, mask=columns < M, other=0.0).to(tl.float32)[None, :]
@@ -86,14 +97,15 @@ def load_inputs(inputs, start, M: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def multiply_rows(
-    record, MATRIX: tl.constexpr, SCALE: tl.constexpr, STORED: tl.constexpr, BITS: tl.constexpr,
+    record, MATRIX: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, CODING: tl.constexpr,
     rows, N: tl.constexpr, M: tl.constexpr, start, first, second, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Products of a matrix [N, M] with the inputs of one step, fp32 [R, COLUMNS], or summed by group [R, groups]."""
+    BITS: tl.constexpr = CODING[0]
     if BITS == 0:
         columns = start + tl.arange(0, COLUMNS)
         inside = (rows < N)[:, None] & (columns < M)[None, :]
-        tile = tl.load(part(record, MATRIX, STORED) + rows[:, None] * M + columns[None, :], mask=inside, other=0.0)
+        tile = tl.load(part(record, MATRIX, CODING[1]) + rows[:, None] * M + columns[None, :], mask=inside, other=0.0)
         return tile.to(tl.float32) * first
     else:
         BYTES: tl.constexpr = GROUP_SIZE * BITS // 8
@@ -102,22 +114,69 @@ def multiply_rows(
         index = rows[:, None] * GROUPS + groups[None, :]
         inside = (rows < N)[:, None] & (groups < GROUPS)[None, :]
         codes = tl.load(
-            part(record, MATRIX, STORED) + index[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :],
+            part(record, MATRIX, CODING[1]) + index[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :],
             mask=inside[:, :, None],
             other=0,
         )
-        scale = tl.load(part(record, SCALE, tl.float16) + index, mask=inside, other=0.0).to(tl.float32)
+        block = _block(rows[:, None], groups[None, :], N, M, CODING[4], CODING[5])
+        scale = _load_scale(record, SCALE, CODING[3], block, inside)
+        zero = _load_zero(record, ZERO, block, inside)[:, :, None]
         if BITS == 8:
-            products = codes.to(tl.float32) * first
+            products = _number(codes, zero, CODING[2]) * first
         else:
-            products = ((codes & 15).to(tl.float32) - 8.0) * first + ((codes >> 4).to(tl.float32) - 8.0) * second
+            products = _number(codes & 15, zero, CODING[2]) * first + _number(codes >> 4, zero, CODING[2]) * second
         return tl.sum(products, axis=2) * scale
 
 
 @triton.jit
-def depth_of(start, BITS: tl.constexpr, DEPTH: tl.constexpr):
+def _block(rows, groups, N: tl.constexpr, M: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Index of the block of weights that has groups of a matrix [N, M]; blocks of 0 rows or columns have all."""
+    ACROSS: tl.constexpr = BLOCK_COLUMNS if BLOCK_COLUMNS > 0 else (M + GROUP_SIZE - 1) // GROUP_SIZE * GROUP_SIZE
+    DOWN: tl.constexpr = BLOCK_ROWS if BLOCK_ROWS > 0 else N
+    return rows // DOWN * ((M + ACROSS - 1) // ACROSS) + groups * GROUP_SIZE // ACROSS
+
+
+@triton.jit
+def _load_scale(record, SCALE: tl.constexpr, SCALED: tl.constexpr, block, inside):
+    """Scales of blocks, fp32; a byte is an exponent."""
+    scale = tl.load(part(record, SCALE, SCALED) + block, mask=inside, other=0)
+    if tl.uint8 == SCALED:
+        exponent = scale.to(tl.int32)
+        return tl.where(exponent == 0, 0x400000, exponent << 23).to(tl.float32, bitcast=True)
+    else:
+        return scale.to(tl.float32)
+
+
+@triton.jit
+def _load_zero(record, ZERO: tl.constexpr, block, inside):
+    """Zero points of blocks, fp32; 8 where the records have none."""
+    if ZERO >= 0:
+        return tl.load(part(record, ZERO, tl.uint8) + block, mask=inside, other=0).to(tl.float32)
+    else:
+        return tl.full(block.shape, 8.0, tl.float32)
+
+
+@triton.jit
+def _number(codes, zero, CODE: tl.constexpr):
+    """What codes stand for without their scale, fp32; 4-bit codes one to a byte."""
+    if CODE == E4M3:
+        wide = codes.to(tl.int32)
+        half = ((wide & 127) << 7 | (wide & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32) * 256.0
+    elif CODE == E2M1:
+        wide = codes.to(tl.int32)
+        half = ((wide & 7) << 9 | (wide & 8) << 12).to(tl.int16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32) * 16384.0
+    elif CODE == INT4:
+        return codes.to(tl.float32) - zero
+    else:
+        return codes.to(tl.float32)
+
+
+@triton.jit
+def depth_of(start, CODING: tl.constexpr, DEPTH: tl.constexpr):
     """Columns of the first half of a step of `multiply_tile`; those of the second half are HALF further."""
-    if BITS == 4:
+    if CODING[0] == 4:
         half = tl.arange(0, DEPTH // 2)
         return start + half // HALF * GROUP_SIZE + half % HALF
     else:
@@ -126,15 +185,16 @@ def depth_of(start, BITS: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def multiply_tile(
-    total, first, second, record, MATRIX: tl.constexpr, SCALE: tl.constexpr, STORED: tl.constexpr, BITS: tl.constexpr,
+    total, first, second, record, MATRIX: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, CODING: tl.constexpr,
     rows, N: tl.constexpr, M: tl.constexpr, start, TYPE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``total + inputs @ matrix[rows].T`` over one step: total fp32 [P, R], inputs TYPE [P, columns of `depth_of`]."""
+    BITS: tl.constexpr = CODING[0]
     if BITS == 0:
         depth = start + tl.arange(0, DEPTH)
         inside = (depth < M)[:, None] & (rows < N)[None, :]
         index = rows[None, :] * M + depth[:, None]  # row-major [N, M], read transposed
-        tile = tl.load(part(record, MATRIX, STORED) + index, mask=inside, other=0.0).to(TYPE)
+        tile = tl.load(part(record, MATRIX, CODING[1]) + index, mask=inside, other=0.0).to(TYPE)
         total = tl.dot(first, tile, total, input_precision="ieee")
     else:
         BYTES: tl.constexpr = GROUP_SIZE * BITS // 8
@@ -144,15 +204,17 @@ def multiply_tile(
         index = rows[None, None, :] * GROUPS + groups
         inside = (rows < N)[None, None, :] & (groups < GROUPS)
         codes = tl.load(
-            part(record, MATRIX, STORED) + index * BYTES + tl.arange(0, BYTES)[None, :, None], mask=inside, other=0
+            part(record, MATRIX, CODING[1]) + index * BYTES + tl.arange(0, BYTES)[None, :, None], mask=inside, other=0
         )
-        scale = tl.load(part(record, SCALE, tl.float16) + index, mask=inside, other=0.0).to(tl.float32)
+        block = _block(rows[None, None, :], groups, N, M, CODING[4], CODING[5])
+        scale = _load_scale(record, SCALE, CODING[3], block, inside)
+        zero = _load_zero(record, ZERO, block, inside)
         if BITS == 8:
-            tile = (codes.to(tl.float32) * scale).to(TYPE)
+            tile = (_number(codes, zero, CODING[2]) * scale).to(TYPE)
             total = tl.dot(first, tl.reshape(tile, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
         else:
-            low = (((codes & 15).to(tl.float32) - 8.0) * scale).to(TYPE)
-            high = (((codes >> 4).to(tl.float32) - 8.0) * scale).to(TYPE)
+            low = (_number(codes & 15, zero, CODING[2]) * scale).to(TYPE)
+            high = (_number(codes >> 4, zero, CODING[2]) * scale).to(TYPE)
             total = tl.dot(first, tl.reshape(low, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
             total = tl.dot(second, tl.reshape(high, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
     return total

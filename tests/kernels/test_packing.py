@@ -35,7 +35,7 @@ def test_weights_come_back(spec: ExpertSpec, format: str, experts: int) -> None:
         elif weight.ndim == 2:  # a bias
             assert torch.equal(restored[name], weight)
         else:  # half a step, and the fp16 rounding of the scale: 127 or 8 steps reach the largest weight
-            step = weight.abs().max() / {8: 127, 4: 8}[coding(format).bits]
+            step = weight.abs().max() / {"int8": 127, "int4": 8, "fp8": 28, "mxfp4": 4}[format]
             assert error.max() <= 1.3 * step
     assert all(restored[name] is None for name in restored if name not in weights)
 

@@ -23,6 +23,10 @@ assert INTERPRETED
 # fp32 sums; in `prefill` the intermediate and the operands have the records' type, in which stock rounds as well
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3, "int8": 1e-6, "int4": 1e-6}
 QUANTIZED = ("int8", "int4")
+CODED = (
+    "fp8", "mxfp4", "e4m3-3x32-bf16", "e4m3-1x0-fp16", "e4m3-0x0-fp32", "e4m3-32x64-e8m0", "int4-1x64-fp16",
+    "int4-1x32-bf16-zeros", "int4-1x0-fp16-zeros", "int8-1x0-bf16",
+)  # fmt: skip
 
 
 def run_decode(case: Case) -> torch.Tensor:
@@ -32,7 +36,7 @@ def run_decode(case: Case) -> torch.Tensor:
 
 def run_prefill(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
-    tiles = tile_table(case.routes, case.slots, PREFILL_TILES[case.layout.format].pairs, case.x.device)
+    tiles = tile_table(case.routes, case.slots, PREFILL_TILES[case.layout.code].pairs, case.x.device)
     return prefill(case.spec, case.layout, case.pool, case.x, table, tiles)
 
 
@@ -91,6 +95,22 @@ def test_padding_of_quantised_rows_is_not_read(run, format):
         used = columns if format == "int8" else min(columns, 16)
         stored[name][..., last - (32 if format == "int8" else 16) + used :] = 0x77
     assert error(run(case), expected) < 1e-6
+
+
+@both
+@pytest.mark.parametrize("format", CODED)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(48, 40), pytest.param(300, 270, marks=pytest.mark.slow)])
+def test_coded_records(run, hidden, intermediate, format):
+    """A scale or zero point of another block, a code read as another number, padding that is counted."""
+    case = make_case(random_ids(2, 2), hidden, intermediate, format=format)
+    assert error(run(case), case.expected()) < 1e-6
+
+
+@both
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "int4-1x64-fp16-zeros"])
+def test_coded_records_with_narrow_inputs(run, format):
+    case = make_case(random_ids(2, 2), format=format, dtype=torch.bfloat16)
+    assert error(run(case), case.expected()) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "softcap", "relu2"])

@@ -78,7 +78,7 @@ def test_kernels_compile(launches, monkeypatch, target, format, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, experts.DECODE_TOKENS + 1], ids=["decode", "prefill"])
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4", "int4-1x128-fp16-zeros"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_quantised_kernels_compile(launches, monkeypatch, target, format, tokens):
     """Records whose weights are unpacked in registers, with inputs in the type that the card computes fastest."""

@@ -1,0 +1,180 @@
+"""Stored codes into fp32 lanes, in registers: a group of 32 codes becomes two vectors of sixteen numbers.
+
+The witness of a code is a scalar whose type tells the code: int8 for int8, uint8 for int4 (0..15, without the zero
+point), int16 for e4m3, uint16 for e2m1. Small floats are read as fp16 with their exponent in its place, which every
+processor widens, subnormals included; what that leaves out of the number is a power of two, `unit_of`, to be multiplied
+with the scale. With AVX-512, 4-bit codes are looked up in a register.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from moebius.kernels.encoding import E2M1
+from moebius.kernels.numba.isa import has_feature
+from moebius.kernels.numba.jit import helper, intrinsic
+from moebius.kernels.numba.memory import extend_half, peek, widen
+from moebius.kernels.numba.simd import LANES, f32x16, read
+
+INT8_CODE, INT4_CODE, E4M3_CODE, E2M1_CODE = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
+FP32_SCALE, BF16_SCALE, FP16_SCALE, E8M0_SCALE = 0, 1, 2, 3  # kinds of scales
+
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_SHORTS, _INTS, _FLOATS = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+def _all(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+@intrinsic
+def decode(typingctx, address, witness):  # type: ignore[no-untyped-def]
+    """The numbers of the 32 codes of the group at `address`, without `unit_of`, zero point and scale."""
+    emit = {types.int8: _int8, types.uint8: _int4, types.int16: _e4m3, types.uint16: _e2m1}[witness]
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return context.make_tuple(builder, signature.return_type, emit(builder, args[0]))
+
+    return types.UniTuple(f32x16, 2)(types.int64, witness), codegen
+
+
+def _int8(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
+    halves = _bytes(builder, address), _bytes(builder, builder.add(address, ir.IntType(64)(LANES)))
+    return [builder.sitofp(builder.sext(half, _INTS), _FLOATS) for half in halves]
+
+
+def _int4(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
+    if has_feature("avx512f"):
+        return _looked_up(builder, address, list(range(LANES)))
+    return [builder.sitofp(half, _FLOATS) for half in _nibbles(builder, address)]
+
+
+def _e2m1(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
+    if has_feature("avx512f"):
+        return _looked_up(builder, address, [*E2M1, *(-x for x in E2M1)])
+    halves = (builder.trunc(half, _SHORTS) for half in _nibbles(builder, address))
+    return [_small_float(builder, half, 7, 9, 12) for half in halves]
+
+
+def _e4m3(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
+    halves = _bytes(builder, address), _bytes(builder, builder.add(address, ir.IntType(64)(LANES)))
+    return [_small_float(builder, builder.zext(half, _SHORTS), 127, 7, 8) for half in halves]
+
+
+def _small_float(builder: ir.IRBuilder, bits: ir.Value, magnitude: int, shift: int, sign_shift: int) -> ir.Value:
+    """Move the magnitude's and the sign's bits to where fp16 has them."""
+    kind = bits.type
+    moved = builder.shl(builder.and_(bits, _all(kind, magnitude)), _all(kind, shift))
+    sign = builder.and_(builder.shl(bits, _all(kind, sign_shift)), _all(kind, 0x8000))
+    return extend_half(builder, builder.or_(moved, sign))
+
+
+def _bytes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return builder.load(builder.inttoptr(address, ir.VectorType(_I8, LANES).as_pointer()), align=1)
+
+
+def _nibbles(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
+    wide = builder.zext(_bytes(builder, address), _INTS)
+    return [builder.and_(wide, _all(_INTS, 15)), builder.lshr(wide, _all(_INTS, 4))]
+
+
+def _looked_up(builder: ir.IRBuilder, address: ir.Value, table: list[float]) -> list[ir.Value]:
+    wide = builder.zext(_bytes(builder, address), _INTS)
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+    values = ir.Constant(_FLOATS, [float(value) for value in table])
+    # the index is the lowest four bits of a lane; the others are ignored
+    return [builder.call(permute, [values, index]) for index in (wide, builder.lshr(wide, _all(_INTS, 4)))]
+
+
+def _constant(number: Any) -> Any:
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(context.get_value_type(signature.return_type), number)
+
+    return codegen
+
+
+@intrinsic
+def unit_of(typingctx, witness):  # type: ignore[no-untyped-def]
+    """What the numbers of `decode` have to be multiplied with (a constant)."""
+    unit = {types.int16: 2.0**8, types.uint16: 1.0 if has_feature("avx512f") else 2.0**14}.get(witness, 1.0)
+    return types.float32(witness), _constant(unit)
+
+
+@intrinsic
+def group_bytes(typingctx, witness):  # type: ignore[no-untyped-def]
+    """Bytes of a group's codes (a constant)."""
+    return types.int64(witness), _constant(16 if witness in (types.uint8, types.uint16) else 32)
+
+
+@intrinsic
+def has_zero_point(typingctx, witness):  # type: ignore[no-untyped-def]
+    """Whether a zero point has to be taken from the numbers (a constant)."""
+    return types.boolean(witness), _constant(int(witness == types.uint8))
+
+
+@helper
+def scale_at(scales, index, kind):  # type: ignore[no-untyped-def]
+    """Scale `index` of those of a kind at address `scales`, fp32."""
+    if kind == FP32_SCALE:
+        return peek(scales + 4 * index, np.float32(0))
+    if kind == E8M0_SCALE:
+        exponent = np.int32(peek(scales + index, np.uint8(0)))
+        return from_bits(exponent << 23 if exponent else np.int32(0x400000))
+    if kind == BF16_SCALE:
+        return widen(peek(scales + 2 * index, np.uint16(0)))
+    return widen(peek(scales + 2 * index, np.int16(0)))
+
+
+@intrinsic
+def from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The fp32 number with these bits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.trunc(args[0], _I32) if args[0].type != _I32 else args[0], _F32)
+
+    return types.float32(bits), codegen
+
+
+@intrinsic
+def store_truncated(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write sixteen fp32 numbers that bf16 holds exactly, as bf16."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        upper = builder.trunc(builder.lshr(builder.bitcast(args[1], _INTS), _all(_INTS, 16)), _SHORTS)
+        builder.store(upper, builder.inttoptr(args[0], _SHORTS.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), codegen
+
+
+@intrinsic
+def repeat_four(typingctx, address):  # type: ignore[no-untyped-def]
+    """Four times the four fp32 numbers at `address`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        four = read(builder, args[0], _F32, 4)
+        return builder.shuffle_vector(four, four, ir.Constant(_INTS, [lane % 4 for lane in range(LANES)]))
+
+    return f32x16(types.int64), codegen
+
+
+@intrinsic
+def add_fours(typingctx, address, pitch, value):  # type: ignore[no-untyped-def]
+    """Add lanes 0..3 to what is at `address`, 4..7 to what is `pitch` bytes further, and so on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        for four in range(4):
+            place = builder.add(args[0], builder.mul(args[1], ir.Constant(ir.IntType(64), four)))
+            pick = ir.Constant(ir.VectorType(_I32, 4), list(range(4 * four, 4 * four + 4)))
+            lanes = builder.shuffle_vector(args[2], args[2], pick)
+            pointer = builder.inttoptr(place, lanes.type.as_pointer())
+            builder.store(builder.fadd(builder.load(pointer, align=4), lanes), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, f32x16), codegen
