@@ -55,7 +55,7 @@ class ExpertStore:
             raise ValueError(f"a layer needs at least one expert, not {num_experts}")
         nbytes = num_experts * layout.nbytes
         try:
-            buffer = _allocate(nbytes)
+            buffer = allocate(nbytes)
         except (RuntimeError, OSError) as error:
             raise MemoryError(
                 f"no host memory for {num_experts} experts of {layout.nbytes:,} bytes ({nbytes / 2**30:.2f} GiB in "
@@ -73,7 +73,7 @@ class ExpertStore:
         return unpack(self.layout, self.records[expert])
 
 
-def _allocate(nbytes: int) -> torch.Tensor:
+def allocate(nbytes: int) -> torch.Tensor:
     """Unfilled bytes; large stores on huge pages, which made decoding 15 % faster (9 MB records on a Zen 5)."""
     if nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         buffer, alignment = torch.empty(nbytes + RECORD_ALIGNMENT, dtype=torch.uint8), RECORD_ALIGNMENT

@@ -121,6 +121,21 @@ class ExpertCache:
         pool.read_by(slots, launch)
         return launch
 
+    def wait(self, layer: int, slots: np.ndarray) -> None:
+        """Block until the copies into `slots` (int32 [n], from `fetch` of this step) have ended.
+
+        Raises:
+            Exception: what made a copy fail.
+        """
+        for copy in self._pool(layer)[0].arrivals(slots):
+            copy.wait()
+            if copy.error is not None:
+                raise copy.error
+
+    def memory(self, layer: int) -> torch.Tensor:
+        """The slots that the layer's experts share with those of others, uint8 [S, nbytes] on the device."""
+        return self._pool(layer)[0].memory
+
     def finish(self, layer: int) -> None:
         """End the step that `lookup` began: its slots may be displaced, once the launches that read them have ended."""
         pool = self._open_pools()[self._home[layer][0]]

@@ -86,6 +86,9 @@ def run_layer(
     tier = runtime.tiers.get(layer.index)
     if tier is None:
         counters.misses += len(routes.tokens)
+        if runtime.host is not None:
+            layer.gate.settle(x, ids)
+            _prefetch(runtime, layer.index, x)
         _on_cpu(runtime, layer, step, routes, out)
         return out.to(x.device, x.dtype)
     _judge_prediction(runtime, tier, layer.index, routes)
@@ -138,7 +141,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
 
 def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, routes: Routes, out: torch.Tensor) -> float:
     begun = perf_counter()
-    runtime.executor.run(layer.store, step.host_x, routes, out)
+    runtime.on_cpu(layer, step.host_x, routes, out)
     took = perf_counter() - begun
     runtime.counters[layer.index].cpu_ms += took * 1e3
     return took
@@ -170,8 +173,12 @@ def _prefetch(runtime: ModelRuntime, index: int, x: torch.Tensor) -> None:
     predicted = runtime.predictor.predict(index, x)
     if predicted is None:
         return
-    tier = runtime.tiers[index + 1]
     predicted = predicted[(predicted >= 0) & (predicted < runtime.stores[index + 1].num_experts)]
+    if runtime.host is not None:
+        runtime.host.read_ahead(index + 1, predicted)
+    tier = runtime.tiers.get(index + 1)
+    if tier is None:
+        return
     resident = tier.cache.visible(index + 1, predicted)
     tier.predictions.of_layer[index + 1] = (predicted, resident)
     tier.cache.prefetch(index + 1, predicted[~resident])

@@ -30,11 +30,21 @@ def beside(checkpoint_files: Sequence[str]) -> RecordFile | None:
     return RecordFile(path) if path is not None and path.is_file() else None
 
 
-def budget(options: Options, total: int) -> int | None:
-    """Bytes of host memory for experts that take `total` bytes, or None where all have room."""
+def budget(options: Options, layers: Sequence[LayerFacts]) -> int | None:
+    """Bytes of host memory for the experts of these layers, or None where all have room.
+
+    Raises:
+        ValueError: there is no room for a single expert.
+    """
+    total, least = sum(layer.nbytes for layer in layers), sum({layer.layout.nbytes for layer in layers})
     wanted = parse_memory(options.cpu_memory, total)
     if wanted is None:
         wanted = int(psutil.virtual_memory().available * (1 - AUTO_RESERVE)) - AUTO_RESERVE_BYTES
+    if wanted < least:
+        raise ValueError(
+            f"cpu_memory={options.cpu_memory!r} is {max(wanted, 0):,} bytes, less than one expert of each size "
+            f"({least:,} bytes); all experts take {total:,} bytes: give more"
+        )
     return None if wanted >= total else wanted
 
 

@@ -52,6 +52,7 @@ class HeldWeights:
             site.params.num_experts,
         )
         self._store: ExpertStore | None = None
+        self._adopted = False  # whether the records are in a file
         for name, tensor in loaded.items():
             self.fill(name, tensor)
 
@@ -69,7 +70,7 @@ class HeldWeights:
 
     def adopt(self, records: torch.Tensor, surplus: dict[str, torch.Tensor]) -> None:
         """Have all weights in records (uint8 [E, nbytes]) that exist already."""
-        self._store = ExpertStore(self.spec, self.layout, self.num_experts, records)
+        self._store, self._adopted = ExpertStore(self.spec, self.layout, self.num_experts, records), True
         self.surplus = surplus
         self.absent.clear()
 
@@ -153,6 +154,11 @@ class HeldWeights:
         Raises:
             RuntimeError: experts cannot have that dtype, or the store does not hold what would have to be converted.
         """
+        if self._adopted:
+            raise RuntimeError(
+                f"the experts of {name!r} are in a file, as {self.layout.format}, and cannot become {dtype}: load the "
+                f"model with dtype={str(dtype).removeprefix('torch.')!r}"
+            )
         format = next((name for name, known in FLOATS.items() if known == dtype), None)
         if format is None or (not self.lossless and self._kept is None):
             raise RuntimeError(

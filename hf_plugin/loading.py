@@ -116,7 +116,7 @@ class MoebiusQuantizer(HfQuantizer):
     ) -> Intake | FromFile:
         config, layers = self.quantization_config, file_layers(helds)
         threads = config.options.cpu_threads or default_threads()
-        budget = expert_files.budget(config.options, sum(layer.nbytes for layer in layers.values()))
+        budget = expert_files.budget(config.options, list(layers.values()))
         if file is not None:
             return FromFile(helds, expert_files.checked(file, layers))
         if config.into is not None:

@@ -18,12 +18,15 @@ from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import default_device
+from moebius.hf_plugin import expert_files
 from moebius.hf_plugin.dispatcher import Tier, run_layer
+from moebius.hf_plugin.host_tier import HostTier
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.recording import Recorder
 from moebius.hf_plugin.reserve import Reserve
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
 from moebius.hf_plugin.tiers import budget, distinct, fitting, open_tiers, shrink
+from moebius.kernels.routes import Routes
 from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class ModelRuntime:
         self._patched = len(names)
         self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
         self.tiers: dict[int, Tier] = {}  # of each layer; layers on one device share one
+        self.host: HostTier | None = self._open_host()
         self.recorder: Recorder | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
@@ -61,12 +65,22 @@ class ModelRuntime:
         self.reset_stats()
 
     def _predictor(self) -> RoutingPredictor:
-        if self.options.device == "cpu" or not self.options.prefetch or self.options.predictor == "none":
+        nothing_to_bring = self.options.device == "cpu" and self.host is None
+        if nothing_to_bring or not self.options.prefetch or self.options.predictor == "none":
             return NoPrediction()
         # the list, which `adopt` changes in place, and not the runtime: no cycle
         return NextGate([partial(_gate_of, self.layers, index) for index in range(len(self.layers))])
 
     # ---- lifetime
+
+    def _open_host(self) -> HostTier | None:
+        """Memory as a cache of the file, where it does not hold all experts."""
+        if self.file is None:
+            return None
+        size = expert_files.budget(self.options, list(self.file.layers.values()))
+        if size is None:
+            return None
+        return HostTier(self.file, self.stores, size, self.options.cache_policy, self.executor)
 
     def open(self) -> None:
         """Open the caches, if this model has any, and measure what experts cost here.
@@ -86,6 +100,8 @@ class ModelRuntime:
         """Give back slots, threads and pinned memory. Idempotent."""
         with self.lock:
             self._close_tiers()
+            if self.host is not None:
+                self.host.close()
             self.executor.close()
 
     def _close_tiers(self) -> None:
@@ -121,6 +137,13 @@ class ModelRuntime:
         self._patched += 1
 
     # ---- work
+
+    def on_cpu(self, layer: PatchedLayer, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+        """As `CpuExecutor.run` for a layer's experts, wherever they are kept."""
+        if self.host is None:
+            self.executor.run(layer.store, x, routes, out)
+        else:
+            self.host.run(layer.index, x, routes, out)
 
     def run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One call of a layer; see `dispatcher.run_layer`."""
@@ -177,6 +200,8 @@ class ModelRuntime:
         with self.lock:
             self.counters = [LayerStats(name) for name in self._names]
             self.accuracy = [Accuracy() for _ in self._names]
+            if self.host is not None:
+                self.host.reset_stats()
             for tier in distinct(self.tiers):
                 tier.launches.clear()
                 tier.cache.counters.reset()
@@ -209,6 +234,8 @@ class ModelRuntime:
         if (tier := self.tiers.get(index)) is not None:
             counters = tier.cache.counters
             values |= {f.name: getattr(counters, f.name)[index].item() for f in fields(counters)}
+        if self.host is not None:
+            values |= self.host.stats(index)
         return LayerStats(**values)
 
     def _notes(self) -> list[str]:

@@ -39,6 +39,14 @@ class LayerStats:
     predicted_of: int = 0  # experts used in steps with a prediction
     predicted_absent: int = 0  # foreseen while not resident
     predicted_absent_right: int = 0
+    ram_hits: int = 0  # experts of a step on the CPU that were in memory, where memory is a cache of a file
+    ram_misses: int = 0  # that had to be read
+    disk_reads: int = 0
+    disk_bytes: int = 0
+    disk_us: float = 0.0  # microseconds that reads took, several at a time
+    read_ahead: int = 0  # reads of experts that were foreseen
+    read_ahead_used: int = 0
+    stall_ms: float = 0.0  # part of cpu_ms in which a step waited for reads
     cpu_ms: float = 0.0
     gpu_ms: float = 0.0
     wait_ms: float = 0.0

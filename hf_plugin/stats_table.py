@@ -37,6 +37,8 @@ def render(stats: Stats) -> str:
         for cache in stats.caches:
             size = f"{cache.slots} slots, {cache.cache_bytes / 2**20:.1f} MiB"
             console.print(f"{cache.device}: {cache.layers} layers, {size}", markup=False, highlight=False)
+    if stats.sums.disk_reads:
+        console.print(_disk(stats.sums), markup=False, highlight=False)
     for note in stats.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -57,6 +59,14 @@ def table(stats: Stats) -> Table:
     result.add_section()
     result.add_row(*_row(stats.sums, "sum"), style="bold")
     return result
+
+
+def _disk(sums: LayerStats) -> str:
+    return (
+        f"memory as a cache of a file: {sums.ram_hits} of {sums.ram_hits + sums.ram_misses} experts were in memory; "
+        f"{sums.disk_bytes / 1e6:.1f} MB read in {sums.disk_reads} reads ({sums.read_ahead} ahead, "
+        f"{sums.read_ahead_used} of these used); {sums.stall_ms:.1f} ms waited"
+    )
 
 
 def _short(names: list[str]) -> list[str]:

@@ -1,0 +1,182 @@
+"""Host memory as a cache of a file: a model larger than memory runs, as fast as its experts can be read.
+
+The cache is the same class, with the same policies, as that of a GPU; its device is host memory, and its copies are
+reads of whole records by threads. Experts are computed from the slots by the CPU executor; those in no slot are read
+first. Where a step needs more experts than there are slots, it goes in rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from time import perf_counter
+
+import numpy as np
+import psutil
+import torch
+
+from moebius.cpu_experts.executor import CpuExecutor
+from moebius.cpu_experts.record_file import RecordFile
+from moebius.cpu_experts.store import ExpertStore, allocate
+from moebius.gpu_cache.cache import CachedLayer, ExpertCache
+from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
+from moebius.gpu_cache.worker import Job, Signal, Worker
+from moebius.kernels.routes import Routes, select
+
+READERS = 4  # threads that read, since one read at a time does not keep a solid-state disk busy
+
+
+class HostDevice(Device):
+    """Host memory in the place of a device's; a copy reads a record from a file.
+
+    Args:
+        read: reads a record, given as a view of the mapped file, into a slot.
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, read: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        self._read = read
+        self._readers = [Worker("moebius-read") for _ in range(READERS)]
+        self._next = cycle(self._readers)
+
+    def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return allocate(slots * nbytes).view(slots, nbytes)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
+        assert after is None or isinstance(after, Signal)
+
+        def work() -> torch.Tensor:
+            self._read(source, target)
+            return target
+
+        job = Job(work, () if after is None else (after,))
+        next(self._next).submit(job, first=urgent and (after is None or after.done()))
+        return job.completion
+
+    def finish_copies(self) -> None:
+        for reader in self._readers:
+            if reader.running:
+                last = Job(lambda: torch.empty(0), [])
+                reader.submit(last)
+                last.completion.wait()
+
+    def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
+        raise RuntimeError("experts in host memory are computed by the CPU executor")
+
+    def pin(self, host: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, host: torch.Tensor) -> None:
+        raise RuntimeError("the records of a file are not pinned")
+
+    def free_memory(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
+class HostTier:
+    """The experts of all layers of a model in a file, of which memory holds as many as its budget allows.
+
+    Args:
+        file: holds the records of all stores.
+        stores: of each layer, with records in the mapped file.
+        budget: bytes of host memory for experts.
+        policy: which expert deserves memory, as in `ExpertCache`.
+        executor: computes the experts.
+    """
+
+    def __init__(
+        self, file: RecordFile, stores: Sequence[ExpertStore], budget: int, policy: str, executor: CpuExecutor
+    ) -> None:
+        layers = [CachedLayer(store.spec, store.layout, store.records) for store in stores]
+        self.cache: ExpertCache = ExpertCache(HostDevice(file.read), layers, budget, policy)
+        self.cache.price = 0.0  # an expert that is foreseen is read once in any case, now or when it is needed
+        self._executor = executor
+        self._slots: list[ExpertStore] = []  # of each layer: the memory that its experts share with those of others
+        for number, store in enumerate(stores):
+            memory = self.cache.memory(number)
+            self._slots.append(ExpertStore(store.spec, store.layout, len(memory), memory))
+        self.reset_stats()
+
+    def run(self, layer: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+        """As `CpuExecutor.run`, for experts of which some may have to be read first.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        at_once: np.ndarray | None = None
+        rest = routes
+        while len(rest.experts):
+            done, hit = self._round(layer, x, rest, out)
+            at_once = hit if at_once is None else at_once
+            rest = select(rest, ~done)
+        if at_once is not None:
+            self.hits[layer] += np.count_nonzero(at_once)
+            self.misses[layer] += np.count_nonzero(~at_once)
+            self.cache.used(layer, routes.experts, at_once)
+
+    def read_ahead(self, layer: int, experts: np.ndarray) -> None:
+        """Begin to read experts (int32 [n], distinct, likeliest first) that are foreseen for a coming layer."""
+        self.cache.prefetch(layer, experts[~self.cache.visible(layer, experts)])
+
+    def reset_stats(self) -> None:
+        """All counters to zero."""
+        layers = len(self._slots)
+        self.hits: np.ndarray = np.zeros(layers, np.int64)  # experts of steps that were in memory
+        self.misses: np.ndarray = np.zeros(layers, np.int64)  # that had to be read, or were being read
+        self.stall_ms: np.ndarray = np.zeros(layers)  # waited for reads
+        self.cache.counters.reset()
+
+    def stats(self, layer: int) -> dict[str, float]:
+        """Counters of a layer, as `LayerStats` names them."""
+        counters = self.cache.counters
+        return {
+            "ram_hits": int(self.hits[layer]),
+            "ram_misses": int(self.misses[layer]),
+            "disk_reads": int(counters.uploads[layer]),
+            "disk_bytes": int(counters.upload_bytes[layer]),
+            "disk_us": float(counters.copy_us[layer]),
+            "read_ahead": int(counters.prefetch_issued[layer]),
+            "read_ahead_used": int(counters.prefetch_used[layer]),
+            "stall_ms": float(self.stall_ms[layer]),
+        }
+
+    def close(self) -> None:
+        """Give memory and threads back. Idempotent."""
+        self.cache.close()
+
+    def _round(self, layer: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Compute what is in memory while the others are read, then those, as they come, as far as slots allow.
+
+        Returns:
+            Which experts have been computed, and which of them were there at once, each bool [A].
+        """
+        cache = self.cache
+        try:
+            slots = cache.lookup(layer, routes.experts)
+            hit = slots >= 0
+            slots[~hit] = cache.fetch(layer, routes.experts[~hit])
+            if hit.any():
+                self._compute(layer, x, routes, slots, hit, out)
+            for number in np.flatnonzero((slots >= 0) & ~hit):
+                begun = perf_counter()
+                cache.wait(layer, slots[number : number + 1])
+                self.stall_ms[layer] += (perf_counter() - begun) * 1e3
+                self._compute(layer, x, routes, slots, np.arange(len(slots)) == number, out)
+        finally:
+            cache.finish(layer)
+        done = slots >= 0
+        if not done.any():  # every slot is being filled with something else
+            cache.drain()
+        return done, hit
+
+    def _compute(
+        self, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, mask: np.ndarray, out: torch.Tensor
+    ) -> None:
+        chosen = select(routes, mask)
+        self._executor.run(self._slots[layer], x, chosen._replace(experts=slots[mask]), out)
