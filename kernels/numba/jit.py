@@ -12,8 +12,10 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,6 +34,11 @@ logger = logging.getLogger(__name__)
 # are not reassociated either: the order of a sum is written in the kernels and is the same on every thread.
 FASTMATH = {"contract", "nsz"}
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
+
+# Folders of compiled code that are kept, some megabytes each, however long nobody used them; and seconds in which a
+# folder counts as used, so that processes of several versions can compile at once.
+_KEPT, _RECENT_S = 8, 24 * 3600
+_REMOVED = "removed-"
 
 isa.apply_choice()  # before the first decorator: it fixes the processor that Numba compiles for
 _compiling = threading.RLock()
@@ -112,16 +119,48 @@ def source_key() -> str:
 def cache_folder() -> Path | None:
     """Where compiled code is kept, or None where no folder is writable: then every process compiles in memory."""
     folder = cache_root() / "numba" / source_key()
+    missed = not folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        os.utime(folder)  # the time of its last use
     except OSError as error:
         logger.warning(
             "compiled CPU kernels cannot be kept in %s (%s): every process compiles them again, which takes some "
             "seconds; set MOEBIUS_CACHE_DIR to a writable folder", folder, error
         )  # fmt: skip
         return None
+    if missed:
+        _prune(folder.parent)
     return folder
+
+
+def _prune(root: Path) -> None:
+    """Remove compiled code of other sources, versions and processors, except the newest and what was used today.
+
+    Several processes may do so at once, and the code's owner may be at work: it compiles again what it then misses.
+    """
+    folders = [folder for folder in root.iterdir() if not folder.name.startswith(_REMOVED)]
+    for folder in sorted(folders, key=_last_use, reverse=True)[_KEPT:]:
+        if time.time() - _last_use(folder) > _RECENT_S:
+            try:  # removing what is in it would make it look just used
+                folder.rename(root / f"{_REMOVED}{folder.name}")
+            except OSError as error:
+                _report(None, str(folder), (None, error))
+    for folder in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(folder, onerror=_report)
+
+
+def _last_use(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:  # another process has just removed it
+        return 0.0
+
+
+def _report(_function: object, path: str, error: Any) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        logger.warning("old compiled CPU kernels in %s could not be removed (%s)", path, error[1])
 
 
 def cache_root() -> Path:

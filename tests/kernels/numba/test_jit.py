@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +77,57 @@ def test_unwritable_cache_compiles_in_memory_and_says_so_once(
         assert "MOEBIUS_CACHE_DIR" in caplog.text
     finally:
         jit.cache_folder.cache_clear()
+
+
+def _folders(root: Path, ages_in_days: list[float]) -> None:
+    for number, age in enumerate(ages_in_days):
+        (root / f"{number:02}" / "entry").mkdir(parents=True)
+        (root / f"{number:02}" / "entry" / "code.nbc").write_bytes(b"code")
+        os.utime(root / f"{number:02}", times=(time.time() - age * 86400,) * 2)
+
+
+def test_code_that_nobody_used_for_long_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the folder grows with every edit and every version; or what another process compiles today vanishes."""
+    root = tmp_path / "numba"
+    _folders(root, [100, 0.5, 3, 0.2, 2, 40, 4, 0.9, 7, 0.1, 0.3, 0.4])
+    monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path))
+    jit.cache_folder.cache_clear()
+    try:
+        folder = jit.cache_folder()
+        assert folder is not None
+        left = {path.name for path in root.iterdir()}
+        assert left == {folder.name, "01", "03", "07", "09", "10", "11", "04"}  # the newest eight
+        for number in range(20, 40):
+            (root / str(number)).mkdir()
+        jit._prune(root)
+        assert len(list(root.iterdir())) == 27  # all of today; 04 is two days old and no longer among the newest
+        os.utime(folder, times=(0, 0))
+        jit.cache_folder.cache_clear()
+        assert jit.cache_folder() == folder  # a hit: nothing is looked at
+        assert time.time() - folder.stat().st_mtime < 3600
+    finally:
+        jit.cache_folder.cache_clear()
+
+
+def test_several_processes_may_prune_at_once(tmp_path: Path) -> None:
+    """Bug: a folder that another process removes meanwhile raises, and the call that only wanted to compile fails."""
+    _folders(tmp_path, [30.0 + age for age in range(60)])
+    barrier, errors = threading.Barrier(4), []
+
+    def prune() -> None:
+        barrier.wait()
+        try:
+            jit._prune(tmp_path)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=prune) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(list(tmp_path.iterdir())) == jit._KEPT
 
 
 def test_key_depends_on_every_source_and_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
