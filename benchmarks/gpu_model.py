@@ -98,8 +98,8 @@ def read_ids(path: str | None, plan: Plan, top_k: int = 4) -> np.ndarray:
 class FetchAll(CostModel):
     """Every miss is fetched, none is computed on the CPU."""
 
-    def fetch(self, misses: np.ndarray, hits: np.ndarray) -> np.ndarray:
-        return np.ones(len(misses), bool)
+    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
+        return np.ones(len(tokens), bool)
 
 
 def measure_model(report: Report, trace: str | None, dry: bool) -> None:

@@ -102,13 +102,16 @@ class ExpertCache:
         self._pin(layer, pool, slots)
         return slots
 
-    def launch(self, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray) -> Launch:
+    def launch(
+        self, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, onto: Launch | None = None
+    ) -> Launch:
         """Start computing on the device.
 
         Args:
             x: [T, H] on the device, unchanged until the result is there.
             routes: A experts, all with a slot.
             slots: int32 [A] from `lookup` and `fetch` of this step.
+            onto: an earlier launch of this step, whose result this one adds to and takes over.
 
         Returns:
             A launch whose ``result()`` is the weighted sum over `routes`, fp32 [T, H] on the device.
@@ -117,6 +120,8 @@ class ExpertCache:
         pool.collect()
         assert (pool.table.occupied(local, routes.experts) == slots).all(), "slots are not those of the experts"
         work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
+        if onto is not None:
+            work = partial(_add_to, onto, work)
         launch = self.device.compute(work, pool.arrivals(slots))
         pool.read_by(slots, launch)
         return launch
@@ -135,6 +140,27 @@ class ExpertCache:
     def memory(self, layer: int) -> torch.Tensor:
         """The slots that the layer's experts share with those of others, uint8 [S, nbytes] on the device."""
         return self._pool(layer)[0].memory
+
+    def arrived(self, layer: int, slots: np.ndarray, wait: bool = False) -> bool:
+        """Whether all copies into slots (int32 [n]) of this step have ended; `wait` blocks until they have."""
+        pool, _ = self._pool(layer)
+        if wait:
+            for copy in pool.arrivals(slots):
+                copy.wait()
+        pool.collect()
+        return not pool.arrivals(slots)
+
+    def release(self, layer: int, slots: np.ndarray) -> None:
+        """Give up slots that one `fetch` of this step returned (int32 [n], without -1), once their launch has begun.
+
+        They may be displaced from now on, by copies that begin when the launch has ended.
+        """
+        pool, _ = self._pool(layer)
+        pinned = self._pinned[layer]
+        mine = next(i for i, others in enumerate(pinned) if np.array_equal(others, slots))
+        pool.sound = False
+        pool.table.unpin(pinned.pop(mine))
+        pool.sound = True
 
     def finish(self, layer: int) -> None:
         """End the step that `lookup` began: its slots may be displaced, once the launches that read them have ended."""
@@ -197,6 +223,10 @@ class ExpertCache:
             if former:
                 self._pools = self._make_pools(former)
             raise
+
+    def record_bytes(self, layer: int) -> int:
+        """Bytes of one expert of a layer."""
+        return self._records[layer].shape[1]
 
     def copy_times(self) -> list[float]:
         """Microseconds of each copy that was seen to complete since the last call."""
@@ -321,6 +351,12 @@ def _divide_budget(budget: int, sizes: Sequence[int], experts: Sequence[int]) ->
         slots[i] += extra
         left -= extra * size
     return slots
+
+
+def _add_to(earlier: Launch, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The sum with an earlier launch, in its memory; launches of a device run one after the other."""
+    total = earlier.result()
+    return total.add_(work())
 
 
 def _run_all(steps: list[Callable[[], None]]) -> None:

@@ -58,6 +58,7 @@ class Device(ABC):
     """
 
     torch_device: torch.device
+    real_link = True  # whether times of copies are those of a link, and not of memory that stands for one
 
     @property
     def name(self) -> str:

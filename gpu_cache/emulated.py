@@ -27,6 +27,7 @@ class EmulatedDevice(Device):
         if link is not None and not link > 0:
             raise ValueError(f"emulated_link is {link} GB/s; give a speed above 0, or None for no limit")
         self._link = link
+        self.real_link = link is not None
         self._link_free_at = 0.0
         self._copies, self._computations = Worker("moebius-copy"), Worker("moebius-compute")
 

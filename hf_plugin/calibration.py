@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from statistics import median
 from time import perf_counter
 
@@ -15,12 +16,19 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.kernels.routes import Routes
-from moebius.predictors.costs import CostModel, ExpertCost
+from moebius.predictors.costs import CostModel, ExpertCost, slowdown
 
-FEW, MANY = 1, 32  # tokens of an expert in decode, and in a short prompt
+TOKENS = (1, 8, 64, 256)  # of an expert, from decode to a prompt
+FEW = 8  # up to here several experts are timed in one call, as they come in decode
 EXPERTS = 4
 REPEATS = 3
 BUDGET_S = 1.5  # the whole measurement stays below two seconds; compiling kernels on their first use is not counted
+
+# The emulated device computes on this CPU and copies within its memory, so that its own times say nothing about the
+# device that it stands for. An expert there is taken to cost this share of what it costs on the CPU, and a copy, where
+# no speed of the link is given, as much as so many calls of the CPU with one expert each.
+EMULATED_SHARE = 1 / 8
+EMULATED_CALLS = 2.0
 
 
 def calibrate(
@@ -31,26 +39,91 @@ def calibrate(
     The experts fetched for this stay in the cache, as a first guess as good as any.
     """
     layer = cache.layers[0]
-    store = stores[layer]
-    deadline = perf_counter() + BUDGET_S
-    experts = np.arange(min(EXPERTS, store.num_experts, cache.slots), dtype=np.int32)
-    upload_us = _uploads(cache, layer, experts)
-    cpu = _cost(deadline, lambda tokens: _cpu(executor, store, experts, tokens))
-    slots = cache.lookup(layer, experts)
-    try:
-        ready = slots >= 0
-        gpu = replace(cpu)
-        if ready.any():
-            there = experts[ready], slots[ready]
-            gpu = _cost(deadline, lambda tokens: _gpu(cache, layer, store, *there, tokens, device))
-    finally:
-        cache.finish(layer)
-    return CostModel(cpu, gpu, upload_us)
+    return _Calibration(executor, cache, layer, stores[layer], device).run()
 
 
-def _cost(deadline: float, run: Callable[[int], float]) -> ExpertCost:
-    few, many = (_repeat(deadline, partial(run, tokens)) for tokens in (FEW, MANY))
-    return ExpertCost.fit(FEW, few, MANY, many)
+@dataclass(slots=True)
+class _Calibration:
+    executor: CpuExecutor
+    cache: ExpertCache
+    layer: int
+    store: ExpertStore
+    device: torch.device
+
+    def run(self) -> CostModel:
+        begun = perf_counter()
+        there = min(self.store.num_experts, self.cache.slots)
+        experts, more = np.split(np.arange(min(2 * EXPERTS, there), dtype=np.int32), [EXPERTS])
+        upload_us = median(self.uploads(experts))
+        cpu = _curve(begun + BUDGET_S / 2, self.on_cpu, experts)
+        gpu = self.of_device(begun + BUDGET_S, experts, cpu)
+        slower = 1.0
+        if len(more):
+            upload_us, slower = self.together(experts, more, upload_us, cpu)
+        if self.device.type == "cpu":
+            gpu = cpu.scaled(EMULATED_SHARE)
+        if not self.cache.device.real_link:
+            upload_us, slower = EMULATED_CALLS * cpu.call(np.ones(1, np.int64)), 1.0
+        return CostModel(cpu, gpu, upload_us, slower)
+
+    def of_device(self, deadline: float, experts: np.ndarray, otherwise: ExpertCost) -> ExpertCost:
+        """The cost of experts on the device; `otherwise` where they could not all be brought there."""
+        slots = self.cache.lookup(self.layer, experts)
+        try:
+            if (slots < 0).any():
+                return otherwise
+            return _curve(deadline, partial(self.on_device, slots), experts)
+        finally:
+            self.cache.finish(self.layer)
+
+    def on_cpu(self, experts: np.ndarray, tokens: int) -> float:
+        """Microseconds of one call with these experts, each on so many tokens."""
+        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.store.layout.dtype)
+        out = torch.zeros(tokens, self.store.spec.hidden)
+        begun = perf_counter()
+        self.executor.run(self.store, x, _routes(experts, tokens), out)
+        return (perf_counter() - begun) * 1e6
+
+    def on_device(self, slots: np.ndarray, experts: np.ndarray, tokens: int) -> float:
+        """The same on the device, where expert e is in ``slots[e]``."""
+        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.store.layout.dtype, device=self.device)
+        begun = perf_counter()
+        launch = self.cache.launch(self.layer, x, _routes(experts, tokens), slots[experts])
+        launch.result()
+        launch.completion.wait()
+        return (perf_counter() - begun) * 1e6
+
+    def uploads(self, experts: np.ndarray, meanwhile: Callable[[], object] = lambda: None) -> list[float]:
+        """Microseconds of copies, by the device's own clock: policies compile when they are first asked for a slot."""
+        self.cache.fetch(self.layer, experts)
+        meanwhile()
+        self.cache.drain()
+        self.cache.finish(self.layer)
+        return self.cache.copy_times()
+
+    def together(
+        self, computed: np.ndarray, copied: np.ndarray, upload_us: float, cpu: ExpertCost
+    ) -> tuple[float, float]:
+        """Microseconds of a copy beside the CPU's work, and how much slower that is meanwhile."""
+        alone_us = cpu.call(np.ones(len(computed), np.int64))
+        calls = min(ceil(len(copied) * upload_us / alone_us), 100)
+        took: list[float] = []
+        times = self.uploads(copied, lambda: took.extend(self.on_cpu(computed, 1) for _ in range(calls)))
+        return median(times), slowdown(alone_us * calls, sum(took), sum(times))
+
+
+def _curve(deadline: float, run: Callable[[np.ndarray, int], float], experts: np.ndarray) -> ExpertCost:
+    """An expert's cost by tokens: two points at least, and more until the deadline."""
+    single, together = (_repeat(deadline, partial(run, some, 1)) for some in (experts[:1], experts))
+    start = max(len(experts) * single - together, 0.0) / max(len(experts) - 1, 1)
+    start = min(start, 0.9 * single)  # noise
+    found = [(together - start) / len(experts)]
+    for tokens in TOKENS[1:]:
+        if len(found) > 1 and perf_counter() > deadline:
+            break
+        some = experts if tokens <= FEW else experts[:1]
+        found.append((_repeat(deadline, partial(run, some, tokens)) - start) / len(some))
+    return ExpertCost.measured(TOKENS[: len(found)], found, start)
 
 
 def _repeat(deadline: float, run: Callable[[], float]) -> float:
@@ -66,36 +139,3 @@ def _routes(experts: np.ndarray, tokens: int) -> Routes:
     offsets = np.arange(len(experts) + 1, dtype=np.int32) * tokens
     pairs = np.tile(np.arange(tokens, dtype=np.int32), len(experts))
     return Routes(experts, offsets, pairs, np.ones(len(pairs), np.float32))
-
-
-def _cpu(executor: CpuExecutor, store: ExpertStore, experts: np.ndarray, tokens: int) -> float:
-    x = torch.zeros(tokens, store.spec.hidden, dtype=store.layout.dtype)
-    out = torch.zeros(tokens, store.spec.hidden)
-    begun = perf_counter()
-    executor.run(store, x, _routes(experts, tokens), out)
-    return (perf_counter() - begun) * 1e6 / len(experts)
-
-
-def _gpu(
-    cache: ExpertCache,
-    layer: int,
-    store: ExpertStore,
-    experts: np.ndarray,
-    slots: np.ndarray,
-    tokens: int,
-    device: torch.device,
-) -> float:
-    x = torch.zeros(tokens, store.spec.hidden, dtype=store.layout.dtype, device=device)
-    begun = perf_counter()
-    launch = cache.launch(layer, x, _routes(experts, tokens), slots)
-    launch.result()
-    launch.completion.wait()
-    return (perf_counter() - begun) * 1e6 / len(experts)
-
-
-def _uploads(cache: ExpertCache, layer: int, experts: np.ndarray) -> float:
-    """Microseconds of a copy, by the device's own clock: policies compile when they are first asked for a slot."""
-    cache.fetch(layer, experts)
-    cache.drain()
-    cache.finish(layer)
-    return median(cache.copy_times())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.gpu_cache.device import Launch
+from moebius.hf_plugin.streaming import DeviceShare, Launched
 from moebius.kernels.routes import Routes, build_routes, select
 from moebius.predictors.costs import CostModel
 
@@ -27,13 +28,6 @@ class Predictions(threading.local):
         self.of_layer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
 
-class Launched(NamedTuple):
-    """A launch whose time is not counted yet."""
-
-    launch: Launch
-    tokens: np.ndarray  # of each of its experts, int32 [A]
-
-
 @dataclass(slots=True)
 class Tier:
     """One device's share of a model: its cache, where that is, and what experts cost there and on the CPU."""
@@ -41,17 +35,24 @@ class Tier:
     cache: ExpertCache
     device: torch.device
     costs: CostModel
-    launches: dict[int, Launched] = field(default_factory=dict)  # of each layer the last, until its time is counted
+    launches: dict[int, list[Launched]] = field(default_factory=dict)  # of each layer, until their time is counted
     predictions: Predictions = field(default_factory=Predictions)
     shrunk: int = 0  # how often, since the device had no memory for others
 
     def observe_copies(self) -> None:
         """Let the cost of an upload follow the link, by the copies that have completed meanwhile, and the price it."""
         times = self.cache.copy_times()
+        if not self.cache.device.real_link:
+            return
         for took_us in times:
             self.costs.observe_upload(took_us)
         if times:
             self.cache.price = self.costs.price
+
+    def observe_launch(self, tokens: np.ndarray, took_us: float) -> None:
+        """Let the cost of experts on the device follow a launch; the emulated device's own speed means nothing."""
+        if self.device.type != "cpu":
+            self.costs.gpu.observe(tokens, took_us)
 
 
 class Step(NamedTuple):
@@ -89,7 +90,7 @@ def run_layer(
         if runtime.host is not None:
             layer.gate.settle(x, ids)
             _prefetch(runtime, layer.index, x)
-        _on_cpu(runtime, layer, step, routes, out)
+        _on_cpu(runtime, layer, step, np.ones(len(routes.experts), bool), out)
         return out.to(x.device, x.dtype)
     _judge_prediction(runtime, tier, layer.index, routes)
     layer.gate.settle(x, ids)
@@ -115,31 +116,61 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
         slots = cache.lookup(index, routes.experts)
         hit = slots >= 0
         pairs = routes.counts
-        counters.hits += int(pairs[hit].sum())
-        counters.misses += int(pairs[~hit].sum())
-        _fetch(tier, index, routes.experts, pairs, slots)
-        resident = slots >= 0
-        launch = None
-        if resident.any():
-            launch = cache.launch(index, step.x.to(tier.device), select(routes, resident), slots[resident])
+        hits = int(pairs[hit].sum())
+        counters.hits += hits
+        counters.misses += len(routes.tokens) - hits
+        on_device = tier.costs.split(pairs, hit)
+        share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, on_device)
         _prefetch(runtime, index, step.x)
-        if not resident.all():
-            rest = select(routes, ~resident)
-            took = _on_cpu(runtime, layer, step, rest, out)
-            tier.costs.cpu.observe(pairs[~resident], took * 1e6)
-        if launch is None:
-            merged = out.to(step.x.device, step.x.dtype)
-        else:
-            merged = _merge(runtime, tier, index, Launched(launch, pairs[resident]), out, step.x)
+        _on_cpu_meanwhile(runtime, tier, layer, step, out, share, ~on_device)
+        merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish(index)
     cache.used(index, routes.experts, hit)
-    cache.admit(index, routes.experts[~resident])
+    cache.admit(index, routes.experts[~(hit | share.fetched)])
     tier.observe_copies()
     return merged
 
 
-def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, routes: Routes, out: torch.Tensor) -> float:
+def _on_cpu_meanwhile(
+    runtime: ModelRuntime,
+    tier: Tier,
+    layer: PatchedLayer,
+    step: Step,
+    out: torch.Tensor,
+    share: DeviceShare,
+    mine: np.ndarray,
+) -> None:
+    """Compute the experts of `mine` (bool [A]) on the CPU, and those that no slot could be had for.
+
+    Where fetched experts wait for their turn, the device is looked after between parts of the work.
+    """
+    pairs, fetched, took = step.routes.counts, int(share.fetched.sum()), 0.0
+    for part in _parts(tier, pairs, mine) if share.waiting else [mine]:
+        took += _on_cpu(runtime, layer, step, part, out)
+        share.advance()
+    left = share.finish()
+    took += _on_cpu(runtime, layer, step, left, out)
+    if took:
+        copying = max(fetched, int(share.fetched.sum())) * tier.costs.upload_us
+        tier.costs.observe_cpu(pairs[mine | left], took * 1e6, copying)
+
+
+def _parts(tier: Tier, pairs: np.ndarray, mine: np.ndarray) -> Iterator[np.ndarray]:
+    """Cut `mine` (bool [A]) where the CPU has computed for about as long as an upload takes."""
+    indices = np.flatnonzero(mine)
+    ends = np.cumsum(tier.costs.cpu.of(pairs[indices])) // max(tier.costs.upload_us, 1.0)
+    for number in np.unique(ends):
+        part = np.zeros(len(mine), bool)
+        part[indices[ends == number]] = True
+        yield part
+
+
+def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.ndarray, out: torch.Tensor) -> float:
+    """Add the experts of `mine` (bool [A]) to `out`; the seconds that took."""
+    if not mine.any():
+        return 0.0
+    routes = step.routes if mine.all() else select(step.routes, mine)
     begun = perf_counter()
     runtime.on_cpu(layer, step.host_x, routes, out)
     took = perf_counter() - begun
@@ -147,24 +178,16 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, routes: Rout
     return took
 
 
-def _fetch(tier: Tier, index: int, experts: np.ndarray, pairs: np.ndarray, slots: np.ndarray) -> None:
-    """Bring in those misses that finish earlier on the device; their slots are entered into `slots`."""
-    missing = np.flatnonzero(slots < 0)
-    if not len(missing):
-        return
-    chosen = missing[tier.costs.fetch(pairs[missing], pairs[slots >= 0])]
-    if len(chosen):
-        slots[chosen] = tier.cache.fetch(index, experts[chosen])
-
-
 def _merge(
-    runtime: ModelRuntime, tier: Tier, index: int, launched: Launched, out: torch.Tensor, x: torch.Tensor
+    runtime: ModelRuntime, tier: Tier, index: int, launched: list[Launched], out: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
+    if not launched:
+        return out.to(x.device, x.dtype)
     begun = perf_counter()
-    on_device = launched.launch.result()
+    on_device = launched[-1].launch.result()
     runtime.counters[index].wait_ms += (perf_counter() - begun) * 1e3
-    runtime.count_launch(index)
-    tier.launches[index] = launched
+    runtime.count_launches(index)
+    tier.launches.setdefault(index, []).extend(launched)
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 

@@ -210,7 +210,7 @@ class ModelRuntime:
         """A snapshot of all counters."""
         with self.lock:
             for index in range(len(self._names)):
-                self.count_launch(index)
+                self.count_launches(index)
             return Stats(
                 self.options.device,
                 self.options.cache_policy if self.tiers else "none",
@@ -255,16 +255,20 @@ class ModelRuntime:
             notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
         return notes
 
-    def count_launch(self, index: int) -> None:
-        """Add the device time of the layer's last launch, once it is known, and refine the cost of experts there."""
+    def count_launches(self, index: int) -> None:
+        """Add the device time of the layer's launches that have ended, and refine the cost of experts there."""
         tier = self.tiers.get(index)
         if tier is None or index not in tier.launches:
             return
-        launch, tokens = tier.launches[index]
-        if (took := launch.elapsed_ms()) is not None:
-            self.counters[index].gpu_ms += took
-            tier.costs.gpu.observe(tokens, took * 1e3)
-            del tier.launches[index]
+        under_way = []
+        for launched in tier.launches.pop(index):
+            if (took := launched.launch.elapsed_ms()) is None:
+                under_way.append(launched)
+            else:
+                self.counters[index].gpu_ms += took
+                tier.observe_launch(launched.tokens, took * 1e3)
+        if under_way:
+            tier.launches[index] = under_way
 
 
 def _cache_stats(tier: Tier) -> CacheStats:

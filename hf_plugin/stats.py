@@ -95,7 +95,7 @@ class CacheStats:
     layers: int
     slots: int
     cache_bytes: int
-    costs: dict[str, float]
+    costs: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Stats:
         return sum(cache.cache_bytes for cache in self.caches)
 
     @property
-    def costs(self) -> dict[str, float]:
+    def costs(self) -> dict[str, Any]:
         """What the dispatcher reckons with on the first device; empty without a cache."""
         return dict(self.caches[0].costs) if self.caches else {}
 

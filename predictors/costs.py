@@ -2,93 +2,157 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from moebius.kernels.numba.split import CPU_START, GPU_START, RATES, SLOWDOWN, UPLOAD, costs, finish, follow, split
+
 TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
+KNOTS = np.array([1.0, 4.0, 16.0, 64.0, 256.0])  # numbers of tokens at which curves are known
 _MEMORY = 0.05  # weight of a new observation: about the last 20 calls count
 
 
 @dataclass(slots=True)
 class ExpertCost:
-    """Microseconds of one expert on n tokens, ``base_us + n * token_us``, with a factor that follows observations."""
+    """Microseconds of one expert by its number of tokens: a curve that follows observations.
 
-    base_us: float
-    token_us: float
-    factor: float = 1.0
+    Args:
+        curve: at `KNOTS` tokens, float64, positive and without a fall; straight lines between, and beyond the last.
+        start_us: what a call takes beside its experts.
+    """
+
+    curve: np.ndarray
+    start_us: float = 0.0
 
     @classmethod
-    def fit(cls, few: int, few_us: float, many: int, many_us: float) -> ExpertCost:
-        """The line through two measurements of an expert, at `few` and at `many` tokens."""
-        token_us = max(many_us - few_us, 0.0) / (many - few)
-        return cls(max(few_us - few * token_us, 0.0), token_us)
+    def measured(cls, tokens: Sequence[int], us: Sequence[float], start_us: float = 0.0) -> ExpertCost:
+        """The curve through measurements of an expert at some numbers of tokens, at least two, ascending.
+
+        Measurements that fall are noise: an expert never costs less with more tokens.
+        """
+        rising = np.maximum.accumulate(np.maximum(us, TINY_US))
+        slope = (rising[-1] - rising[-2]) / (tokens[-1] - tokens[-2])
+        beyond = np.maximum(KNOTS - tokens[-1], 0.0) * slope
+        return cls(np.interp(KNOTS, tokens, rising) + beyond, start_us)
+
+    @classmethod
+    def line(cls, first_us: float, further_us: float) -> ExpertCost:
+        """`first_us` with one token, `further_us` more with each further one."""
+        return cls(first_us + (KNOTS - 1) * further_us)
 
     def of(self, tokens: np.ndarray) -> np.ndarray:
-        """Microseconds of experts with these numbers of tokens, each; zero tokens cost nothing."""
-        return np.where(tokens > 0, (self.base_us + tokens * self.token_us) * self.factor, 0.0)
+        """Microseconds of experts with these numbers of tokens (int [n]), each; zero tokens cost nothing."""
+        return costs(_counts(tokens), KNOTS, self.curve)
+
+    def scaled(self, factor: float) -> ExpertCost:
+        """The same curve, `factor` times as high."""
+        return ExpertCost(self.curve * factor, self.start_us * factor)
+
+    def call(self, tokens: np.ndarray) -> float:
+        """Microseconds of one call with all these experts."""
+        return self.start_us + float(self.of(tokens).sum())
 
     def observe(self, tokens: np.ndarray, took_us: float) -> None:
-        """Experts with these numbers of tokens together took `took_us`."""
-        expected = float(self.of(tokens).sum())
-        if expected > 0 and took_us > 0:
-            self.factor *= 1 + _MEMORY * (min(max(took_us / expected, 0.1), 10.0) - 1)
+        """One call with experts of these numbers of tokens took `took_us`: the curve moves there, and not elsewhere."""
+        expected = self.call(tokens)
+        if expected > self.start_us and took_us > 0:
+            ratio = min(max(took_us / expected, 0.1), 10.0)
+            self.start_us *= 1 + _MEMORY * (ratio - 1) * self.start_us / expected
+            follow(_counts(tokens), ratio, _MEMORY, KNOTS, self.curve)
 
 
 @dataclass(slots=True)
 class CostModel:
-    """The three rates that decide where a missing expert is computed.
+    """What decides where a layer's experts are computed.
 
     Args:
         cpu: cost of an expert on the CPU.
         gpu: cost of a resident expert on the device.
-        upload_us: microseconds to copy one expert to the device.
+        upload_us: microseconds to copy one expert to the device, beside the CPU's work.
+        slowdown: factor by which copies slow the CPU's work down, at least 1: both read the host's memory.
     """
 
     cpu: ExpertCost
     gpu: ExpertCost
     upload_us: float
+    slowdown: float = 1.0
+    _rates: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.empty(RATES))
 
-    def fetch(self, misses: np.ndarray, hits: np.ndarray) -> np.ndarray:
-        """Which missing experts to fetch and compute on the device, so that the layer finishes first.
+    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
+        """Which experts the device should compute, so that the later of both processors is done first.
 
-        With f of m misses fetched, heaviest first, the device takes ``max(T(hits), f * upload) + T(fetched)`` and the
-        CPU ``T(rest)`` at the same time; the layer takes the longer of the two. Fetching one helps decode only if
-        m > upload / cpu cost, which at high hit rates it never does.
+        The rest is the CPU's, residents too where the device has too many. Absent ones are fetched, the heaviest first,
+        and computed as they arrive; that shortens decode only where m absent experts cost more than upload / cpu, which
+        at high hit rates they never do. See `moebius.kernels.numba.split`.
 
         Args:
-            misses: tokens of each missing expert, int [m].
-            hits: tokens of each resident expert, int [h].
+            tokens: of each active expert, int [A].
+            resident: whether it is on the device, bool [A].
 
         Returns:
-            bool [m], true where the expert should be fetched.
+            bool [A].
         """
-        order = np.argsort(-misses, kind="stable")
-        cpu, gpu = self.cpu.of(misses[order]), self.gpu.of(misses[order])
-        fetched = np.arange(len(misses) + 1)
-        on_cpu = cpu.sum() - np.concatenate([[0.0], np.cumsum(cpu)])
-        on_gpu = np.concatenate([[0.0], np.cumsum(gpu)]) + np.maximum(self.gpu.of(hits).sum(), fetched * self.upload_us)
-        best = int(np.argmin(np.maximum(on_cpu, on_gpu)))
-        chosen = np.zeros(len(misses), bool)
-        chosen[order[:best]] = True
-        return chosen
+        return split(_counts(tokens), resident, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
+
+    def finish(self, tokens: np.ndarray, resident: np.ndarray, on_device: np.ndarray) -> float:
+        """Microseconds of a layer whose experts run where `on_device` (bool [A]) says."""
+        return finish(on_device, _counts(tokens), resident, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
+
+    def _current(self) -> np.ndarray:
+        rates = self._rates
+        rates[UPLOAD], rates[SLOWDOWN] = self.upload_us, self.slowdown
+        rates[CPU_START], rates[GPU_START] = self.cpu.start_us, self.gpu.start_us
+        return rates
+
+    def observe_cpu(self, tokens: np.ndarray, took_us: float, copying_us: float) -> None:
+        """The CPU computed experts of these numbers of tokens, beside demand copies of `copying_us` microseconds.
+
+        Without copies this is the CPU's cost; with them, how much they slow it down.
+        """
+        if copying_us:
+            found = slowdown(self.cpu.call(tokens), took_us, copying_us)
+            self.slowdown += _MEMORY * (found - self.slowdown)
+        else:
+            self.cpu.observe(tokens, took_us)
+
+    def observe_upload(self, took_us: float) -> None:
+        """One expert's copy took `took_us`."""
+        self.upload_us += _MEMORY * (took_us - self.upload_us)
 
     @property
     def price(self) -> float:
         """Cost of an upload in units of what a hit saves, at one token: what an admission must earn.
 
         Hits are computed beside the misses, so that a hit saves the CPU's whole time for that expert as long as the
-        device is not the one that finishes last.
+        device is not the one that finishes last; where hits are many it is the CPU's only one.
         """
-        return self.upload_us / max((self.cpu.base_us + self.cpu.token_us) * self.cpu.factor, TINY_US)
+        return self.upload_us / max(float(self.cpu.curve[0]) + self.cpu.start_us, TINY_US)
 
-    def to_dict(self) -> dict[str, float]:
-        """Microseconds of an upload, its price, and microseconds of an expert on one token and of each further one."""
-        experts = {"cpu": self.cpu, "gpu": self.gpu}
-        first = {f"{name}_us": float(cost.of(np.ones(1))[0]) for name, cost in experts.items()}
-        further = {f"{name}_token_us": cost.token_us * cost.factor for name, cost in experts.items()}
-        return {"upload_us": self.upload_us, "price": self.price} | first | further
+    @property
+    def crossover(self) -> float:
+        """Tokens of an expert from which copying it takes less time than computing it on the CPU; inf for none."""
+        slope = (self.cpu.curve[-1] - self.cpu.curve[-2]) / (KNOTS[-1] - KNOTS[-2])
+        if self.upload_us <= self.cpu.curve[-1]:
+            return float(np.interp(self.upload_us, self.cpu.curve, KNOTS))
+        return float(KNOTS[-1] + (self.upload_us - self.cpu.curve[-1]) / slope) if slope > 0 else float("inf")
 
-    def observe_upload(self, took_us: float) -> None:
-        """One expert's copy took `took_us`."""
-        self.upload_us += _MEMORY * (took_us - self.upload_us)
+    def to_dict(self) -> dict[str, Any]:
+        """Microseconds of an upload and of an expert by tokens, an upload's price, the crossover (None: never)."""
+        curves = {f"{name}_us": cost.curve.tolist() for name, cost in (("cpu", self.cpu), ("gpu", self.gpu))}
+        crossover = self.crossover if np.isfinite(self.crossover) else None
+        facts = {"upload_us": self.upload_us, "slowdown": self.slowdown, "price": self.price}
+        return facts | {"crossover_tokens": crossover, "tokens": KNOTS.tolist()} | curves
+
+
+def slowdown(alone_us: float, took_us: float, copying_us: float) -> float:
+    """Factor, 1 to 4, by which work that takes `alone_us` was slower while copies of `copying_us` ran beside it."""
+    beside = min(copying_us, took_us)
+    work_done_beside = max(alone_us - (took_us - beside), TINY_US)
+    return min(max(beside / work_done_beside, 1.0), 4.0)
+
+
+def _counts(tokens: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(tokens, np.int64)

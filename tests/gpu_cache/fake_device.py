@@ -70,7 +70,10 @@ class FakeComputation(Completion):
         if failed:
             self._error = failed[0]
         else:
-            self.output = self._work()
+            try:
+                self.output = self._work()
+            except Exception as raised:  # noqa: BLE001 (kept for whoever waits)
+                self._error = raised
 
     def done(self) -> bool:
         return self.output is not None or self._error is not None

@@ -1,0 +1,264 @@
+"""Which of a layer's experts the device computes and which the CPU, so that the layer finishes first.
+
+What is minimised is the later of two times. The CPU computes its experts one after the other; while copies are on the
+link it is slower by a factor, since both read the host's memory. The device computes resident experts, then fetched
+ones as they arrive over the link, one copy after the other. With copies of equal length that order is best if fetched
+experts come by descending time on the device (Johnson's rule for two machines in a row).
+
+Costs are curves: microseconds of an expert at some numbers of tokens, `knots`, with straight lines between them and the
+last line continued. All arrays of curves are float64 [K], K at least 2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moebius.kernels.numba.jit import entry, helper
+
+# rates float64: microseconds to copy one expert; factor by which the CPU is slower meanwhile; microseconds that each
+# processor's part takes beside its experts, if there is one.
+UPLOAD, SLOWDOWN, CPU_START, GPU_START = range(4)
+RATES = 4
+
+_GAIN = 1e-6  # relative gain below which a change is none
+_PAIRS = 64  # experts up to which exchanges of two are tried; more are so fine-grained that single moves do
+_ROUNDS = 8
+_NODES = 1000
+
+
+@helper
+def _cost(knots, curve, tokens):  # type: ignore[no-untyped-def]
+    """Microseconds of an expert on so many tokens."""
+    last = 1
+    while last < len(knots) - 1 and tokens > knots[last]:
+        last += 1
+    slope = (curve[last] - curve[last - 1]) / (knots[last] - knots[last - 1])
+    return max(curve[last - 1] + (tokens - knots[last - 1]) * slope, 0.0)
+
+
+@entry("float64[::1](int64[::1], float64[::1], float64[::1])")
+def costs(tokens, knots, curve):  # type: ignore[no-untyped-def]
+    """Microseconds of experts with these numbers of tokens, each; zero tokens cost nothing."""
+    found = np.zeros(len(tokens))
+    for i in range(len(tokens)):
+        if tokens[i] > 0:
+            found[i] = _cost(knots, curve, tokens[i])
+    return found
+
+
+@entry("void(int64[::1], float64, float64, float64[::1], float64[::1])")
+def follow(tokens, ratio, memory, knots, curve):  # type: ignore[no-untyped-def]
+    """Experts with these numbers of tokens took `ratio` times what the curve says: move the knots that said so.
+
+    A knot moves by its share of the expected time, `memory` at most; the curve stays without a fall.
+    """
+    share = np.zeros(len(knots))
+    total = 0.0
+    for count in tokens:
+        last = 1
+        while last < len(knots) - 1 and count > knots[last]:
+            last += 1
+        right = min(max((count - knots[last - 1]) / (knots[last] - knots[last - 1]), 0.0), 1.0)
+        cost = _cost(knots, curve, count)
+        share[last - 1] += cost * (1 - right)
+        share[last] += cost * right
+        total += cost
+    for i in range(len(knots)):
+        curve[i] *= 1 + memory * share[i] / total * (ratio - 1)
+        if i:
+            curve[i] = max(curve[i], curve[i - 1])
+
+
+@helper
+def _finish(on_device, order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
+    """Microseconds until both processors are done; `order` has residents first, then misses by descending `gpu`."""
+    on_cpu, computed, arrived, alone = 0.0, 0.0, 0.0, True
+    for i in order:
+        if not on_device[i]:
+            on_cpu += cpu[i]
+            continue
+        if alone:
+            computed, alone = rates[GPU_START], False
+        if not resident[i]:
+            arrived += rates[UPLOAD]
+        computed = max(computed, arrived) + gpu[i]
+    return _later(on_cpu, computed, arrived, rates)
+
+
+@helper
+def _later(on_cpu, computed, arrived, rates):  # type: ignore[no-untyped-def]
+    """The later end of CPU and device, from the CPU's work alone, the device's end and the end of the last copy."""
+    if on_cpu > 0:
+        on_cpu += rates[CPU_START]
+        on_cpu = min(on_cpu * rates[SLOWDOWN], on_cpu + arrived * (1 - 1 / rates[SLOWDOWN]))
+    return max(on_cpu, computed)
+
+
+@entry("float64(boolean[::1], int64[::1], boolean[::1], float64[::1], float64[::1], float64[::1], float64[::1])")
+def finish(on_device, tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+    """Microseconds of a layer whose experts run where `on_device` says."""
+    cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
+    return _finish(on_device, order, resident, cpu, gpu, rates)
+
+
+@helper
+def _prepare(tokens, resident, knots, cpu_curve, gpu_curve):  # type: ignore[no-untyped-def]
+    count = len(tokens)
+    cpu, gpu, order = np.empty(count), np.empty(count), np.empty(count, np.int64)
+    for i in range(count):
+        cpu[i], gpu[i] = _cost(knots, cpu_curve, tokens[i]), _cost(knots, gpu_curve, tokens[i])
+        place = i  # insertion: decode has few experts, most of them with as many tokens
+        while place and _before(i, order[place - 1], resident, tokens):
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = i
+    return cpu, gpu, order
+
+
+@helper
+def _before(i, j, resident, tokens):  # type: ignore[no-untyped-def]
+    return tokens[i] > tokens[j] if resident[i] == resident[j] else resident[i]
+
+
+@entry("boolean[::1](int64[::1], boolean[::1], float64[::1], float64[::1], float64[::1], float64[::1])")
+def split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+    """Experts that the device should compute, bool [A].
+
+    The best of all splits at a threshold (so many residents and so many misses on the device, the heaviest of them, or
+    those at which it is relatively fastest); then moves of one and exchanges of two that gain; then branch and bound
+    from there, which proves it the best or stops at a limit. With one token for each expert nothing but numbers count,
+    and the first step is exact.
+
+    Args:
+        tokens: of each active expert, [A].
+        resident: whether it is on the device already, [A].
+    """
+    cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
+    on_device = _threshold(order, resident, cpu, gpu, rates)
+    if len(order) == 0 or tokens.max() == tokens.min():
+        return on_device
+    best = _finish(on_device, order, resident, cpu, gpu, rates)
+    other = _threshold(_by_ratio(order, resident, cpu, gpu), resident, cpu, gpu, rates)
+    found = _finish(other, order, resident, cpu, gpu, rates)
+    if found < best * (1 - _GAIN):
+        best = found
+        on_device[:] = other
+    for _ in range(_ROUNDS):
+        before = best
+        best = _improve(on_device, best, order, resident, cpu, gpu, rates)
+        if best >= before * (1 - _GAIN):
+            break
+    _search(on_device, best, order, resident, cpu, gpu, rates)
+    return on_device
+
+
+@helper
+def _by_ratio(order, resident, cpu, gpu):  # type: ignore[no-untyped-def]
+    """Residents, then misses, each by ascending time on the device in terms of that on the CPU."""
+    found = order.copy()
+    for i in range(1, len(found)):
+        place = i
+        while (
+            place
+            and resident[found[place - 1]] == resident[found[place]]
+            and (gpu[found[place]] * cpu[found[place - 1]] < gpu[found[place - 1]] * cpu[found[place]])
+        ):
+            found[place], found[place - 1] = found[place - 1], found[place]
+            place -= 1
+    return found
+
+
+@helper
+def _threshold(order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
+    """The best split that puts the first of the residents, and the first of the misses, on the device."""
+    count, hits, on_cpu, computed = len(order), 0, 0.0, 0.0
+    for i in order:
+        hits += resident[i]
+        on_cpu += cpu[i]
+    best, kept, fetched = np.inf, 0, 0
+    for h in range(hits + 1):
+        if h:
+            on_cpu -= cpu[order[h - 1]]
+            computed = (computed if h > 1 else rates[GPU_START]) + gpu[order[h - 1]]
+        cpu_left, gpu_end, arrived = on_cpu, computed, 0.0
+        for f in range(count - hits + 1):
+            if f:
+                i = order[hits + f - 1]
+                cpu_left -= cpu[i]
+                arrived += rates[UPLOAD]
+                gpu_end = max(gpu_end if h + f > 1 else rates[GPU_START], arrived) + gpu[i]
+            found = _later(cpu_left if h + f < count else 0.0, gpu_end, arrived, rates)
+            if found < best * (1 - _GAIN) or (found <= best and h > kept):
+                best, kept, fetched = found, h, f
+    on_device = np.zeros(count, np.bool_)
+    for place in range(count):
+        on_device[order[place]] = place < kept or hits <= place < hits + fetched
+    return on_device
+
+
+@helper
+def _improve(on_device, best, order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
+    """Moves and exchanges that gain, made in `on_device`; the time that it now takes."""
+    count = len(order)
+    for i in range(count):
+        on_device[i] = not on_device[i]
+        found = _finish(on_device, order, resident, cpu, gpu, rates)
+        if found < best * (1 - _GAIN):
+            best = found
+            continue
+        gained = False
+        if count <= _PAIRS:
+            for j in range(i):
+                if on_device[j] == on_device[i]:
+                    on_device[j] = not on_device[j]
+                    found = _finish(on_device, order, resident, cpu, gpu, rates)
+                    if found < best * (1 - _GAIN):
+                        best, gained = found, True
+                        break
+                    on_device[j] = not on_device[j]
+        if not gained:
+            on_device[i] = not on_device[i]
+    return best
+
+
+@helper
+def _search(on_device, best, order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
+    """Depth first through all splits that may be faster than `best`; the fastest found goes into `on_device`.
+
+    A split is given up when what is decided takes as long as `best`, or when half the sum of both processors' times
+    would, were all others computed where they are fastest.
+    """
+    count = len(order)
+    rest = np.zeros(count + 1)  # of the experts from here on, each where it is faster
+    for depth in range(count - 1, -1, -1):
+        rest[depth] = rest[depth + 1] + min(cpu[order[depth]], gpu[order[depth]])
+    on_cpu, computed, arrived = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count + 1)
+    tried, chosen = np.zeros(count, np.int64), np.zeros(count, np.bool_)
+    depth, nodes = 0, 0
+    while depth >= 0 and nodes < _NODES:
+        if depth == count or tried[depth] == 2:
+            depth -= 1
+            continue
+        i = order[depth]
+        here = tried[depth] == 0  # on the device first
+        tried[depth] += 1
+        nodes += 1
+        chosen[i] = here
+        on_cpu[depth + 1], computed[depth + 1], arrived[depth + 1] = on_cpu[depth], computed[depth], arrived[depth]
+        if here:
+            begun = computed[depth] if computed[depth] > 0 else rates[GPU_START]
+            if not resident[i]:
+                arrived[depth + 1] += rates[UPLOAD]
+            computed[depth + 1] = max(begun, arrived[depth + 1]) + gpu[i]
+        else:
+            on_cpu[depth + 1] += cpu[i]
+        longest = _later(on_cpu[depth + 1], computed[depth + 1], arrived[depth + 1], rates)
+        half = (on_cpu[depth + 1] + computed[depth + 1] + rest[depth + 1]) / 2
+        if max(longest, half) >= best * (1 - _GAIN):
+            continue
+        depth += 1
+        if depth < count:
+            tried[depth] = 0
+            continue
+        best = longest
+        on_device[:] = chosen
