@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from moebius.hf_plugin import bench_experts, bench_generate, doctor, machine
+from moebius.hf_plugin import bench_experts, bench_generate
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
 from moebius.hf_plugin.generation import require_model
 from moebius.hf_plugin.options import Options
+from moebius.hf_plugin.record import write_record
 from moebius.kernels.formats import FORMATS
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -141,17 +140,7 @@ def _report(
     settings: dict[str, Any],
 ) -> None:
     if file is not None:
-        document = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": ["moebius", *sys.argv[1:]],
-            "settings": settings,
-            "versions": doctor.versions(),
-            "cpu": asdict(machine.cpu()),
-            "gpus": [asdict(gpu) for gpu in doctor.find_gpus()],
-            "rows": rows,
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        write_record(file, ["moebius", *sys.argv[1:]], settings, rows)
         err.print(f"wrote {file}")
     if as_json:
         print_json(rows)

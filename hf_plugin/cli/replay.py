@@ -11,6 +11,7 @@ from rich.table import Table
 from moebius.gpu_cache.policy import POLICIES
 from moebius.hf_plugin import replay as replaying
 from moebius.hf_plugin.cli.console import err, out, print_json, progress_bar
+from moebius.hf_plugin.plots import new_figure
 from moebius.hf_plugin.trace_file import read_trace
 
 
@@ -60,12 +61,8 @@ def _show(result: replaying.Result) -> None:
 
 
 def _draw(result: replaying.Result, path: Path) -> None:
-    """Hit rate against uploads; matplotlib is optional, and asked for here only."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Hit rate against uploads."""
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for row in result.rows:
         axes.plot(row.uploads_per_token, row.hit_rate, "o")
