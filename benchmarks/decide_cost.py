@@ -21,7 +21,7 @@ from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.replay import run
 from moebius.hf_plugin.trace_file import Trace
 from moebius.kernels.numba.replay import HITS
-from moebius.predictors.ids import IdsForecaster
+from moebius.predictors.forecaster import Forecaster
 
 TOKENS = 200
 
@@ -57,7 +57,7 @@ def time_policy(policy: ValuedPolicy, table: SlotTable, ids: np.ndarray) -> tupl
     return np.array(took) * 1e6, hits
 
 
-def time_forecaster(forecaster: IdsForecaster, ids: np.ndarray) -> np.ndarray:
+def time_forecaster(forecaster: Forecaster, ids: np.ndarray) -> np.ndarray:
     """Microseconds of `observe` and of `forecast` in each layer step, float64 [steps, 2]."""
     took = []
     for token in ids:
@@ -85,7 +85,7 @@ def main() -> None:
         took, hits = time_policy(make_policy(name, counts), SlotTable(counts, given.experts // 4 * given.layers), ids)
         assert hits == run(trace, 0.25, name)[0][:, HITS].sum(), f"{name} decides otherwise than in replay"
         found.append(_row(name, ("used", "place"), took))
-    found.append(_row("ids", ("observe", "forecast"), time_forecaster(IdsForecaster(counts, given.top_k), ids)))
+    found.append(_row("ids", ("observe", "forecast"), time_forecaster(Forecaster(counts, given.top_k), ids)))
     for row in found:
         print(row)
     if given.out is not None:

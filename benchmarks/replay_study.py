@@ -21,7 +21,7 @@ import numpy as np
 from moebius.gpu_cache.policy import POLICIES
 from moebius.hf_plugin.replay import judge, run
 from moebius.hf_plugin.trace_file import Trace, read_trace
-from moebius.predictors.ids import IdsForecaster
+from moebius.predictors.forecaster import Forecaster
 
 CAPACITIES, PRICES = (0.25, 0.5), (0.25, 1.0, 3.0)
 
@@ -65,7 +65,7 @@ def foresight(learned: Trace, judged: Trace, ahead: int) -> dict[str, Any]:
     """How right the ids forecaster is on `judged` after `learned`, and on what LRU at 25 % does not hold."""
     both = replace(judged, ids=np.concatenate([learned.ids, judged.ids]))
     hits = run(both, 0.25, "lru", outcome=True)[1][learned.tokens :].astype(bool)
-    forecaster = IdsForecaster([both.experts] * both.layers, both.top_k, ahead, rows=1)
+    forecaster = Forecaster([both.experts] * both.layers, both.top_k, ahead, rows=1)
     count, right, sure, sure_right = 0, 0, 0, 0
     bins = np.zeros((20, 3))
     recent = np.zeros((both.layers, both.experts))

@@ -83,10 +83,11 @@ class ExpertCache:
         self._pin(layer, pool, slots)
         return slots
 
-    def visible(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """Whether each expert (int32 [n]) is in a slot that `lookup` would return, bool [n]; pins nothing."""
+    def slots_of(self, layer: int) -> np.ndarray:
+        """Slot of each of a layer's experts that `lookup` would return, int32 [E], -1 for none; a view, to be read."""
         pool, local = self._pool(layer)
-        return pool.table.lookup(local, experts) >= 0
+        first, end = pool.table.base[local : local + 2].tolist()
+        return pool.table.visible[first:end]
 
     def fetch(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Upload experts (int32 [n], distinct) that this step computes on the device.
@@ -181,13 +182,15 @@ class ExpertCache:
         """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns how many are queued or begun."""
         return self._offer(layer, experts, Reason.ADMIT)
 
-    def prefetch(self, layer: int, experts: np.ndarray) -> int:
+    def prefetch(self, layer: int, experts: np.ndarray, chances: np.ndarray | None = None) -> int:
         """Offer experts (int32 [n], distinct, likeliest first) predicted for a coming layer, like `admit`.
+
+        `chances` are the probabilities that the layer uses them, float64 [n]; without them it is certain to.
 
         Those that are resident or on their way cost nothing and do not count. They go before admissions; those whose
         copy has not begun when `lookup` begins the layer are withdrawn.
         """
-        return self._offer(layer, experts, Reason.PREFETCH)
+        return self._offer(layer, experts, Reason.PREFETCH, chances)
 
     def drain(self) -> None:
         """Wait until no copy is under way or waits for its turn."""
@@ -308,10 +311,10 @@ class ExpertCache:
         self._pinned.setdefault(layer, []).append(mine)
         pool.sound = True
 
-    def _offer(self, layer: int, experts: np.ndarray, reason: Reason) -> int:
+    def _offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:
         pool, local = self._pool(layer)
         pool.collect()
-        return pool.offer(local, experts, reason)
+        return pool.offer(local, experts, reason, chances)
 
     def _divide(self, budget: int) -> list[int]:
         sizes = [self._records[group[0]].shape[1] for group in self._groups]

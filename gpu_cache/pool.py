@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ class Upload:
     expert: int
     completion: Transfer
     awaited: bool = False  # by a launch, which reports a failure itself
+
+
+class Wish(NamedTuple):
+    """Why an expert waits for a slot, and the probability that its layer's next step uses it."""
+
+    reason: Reason
+    chance: float
 
 
 class Pool:
@@ -59,7 +67,7 @@ class Pool:
         self.memory: torch.Tensor = device.allocate(slots, self.nbytes)
         self.sound = True  # false within a change of several parts, and after one that was interrupted; see `reset`
         self.copy_times: list[float] = []  # microseconds, of the copies that completed since somebody took them
-        self._waiting: dict[int, Reason] = {}  # by key of the table, in order
+        self._waiting: dict[int, Wish] = {}  # by key of the table, in order
         self._uploads: dict[int, Upload] = {}  # by slot
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
         self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
@@ -95,19 +103,23 @@ class Pool:
                 self._begin(slot, layer, expert, Reason.DEMAND)
         return slots
 
-    def offer(self, layer: int, experts: np.ndarray, reason: Reason) -> int:
+    def offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:
         """Queue experts (int32 [n], the most wanted first) that the policy may give a slot, as far as the queue goes.
+
+        Args:
+            chances: probability that the layer's next step uses each expert, float [n]; None for certainty.
 
         Returns:
             How many of them are now under way or waiting, and were not before.
         """
         room = self._queued_limit - len(self._uploads) - len(self._waiting)
         absent = self.table.occupied(layer, experts) < 0
-        keys = [key for key in self.table.keys(layer, experts[absent]).tolist() if key not in self._waiting]
-        queued = keys[: max(0, room)]
-        self._waiting |= dict.fromkeys(queued, reason)
+        likely = np.ones(len(experts)) if chances is None else chances
+        wishes = zip(self.table.keys(layer, experts[absent]).tolist(), likely[absent].tolist(), strict=True)
+        queued = [(key, Wish(reason, chance)) for key, chance in wishes if key not in self._waiting][: max(0, room)]
+        self._waiting |= dict(queued)
         self._hand_over()
-        return sum(key in self._waiting or bool(self.table.slot_of[key] >= 0) for key in queued)
+        return sum(key in self._waiting or bool(self.table.slot_of[key] >= 0) for key, _ in queued)
 
     def withdraw(self, layer: int) -> None:
         """Give up the prefetches for a layer that have not begun."""
@@ -164,26 +176,25 @@ class Pool:
     def _hand_over(self) -> None:
         """Begin copies of what waits, prefetches first, while the device has few."""
         while self._waiting and (room := self._flying_limit - len(self._uploads)) > 0:
-            layer, experts, reason = self._next(room)
-            slots = self.policy.place(self.table, layer, experts, reason)
+            layer, experts, reason, chances = self._next(room)
+            slots = self.policy.place(self.table, layer, experts, reason, chances)
             for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
                 if slot >= 0:
                     self._begin(slot, layer, expert, reason)
 
-    def _next(self, room: int) -> tuple[int, np.ndarray, Reason]:
+    def _next(self, room: int) -> tuple[int, np.ndarray, Reason, np.ndarray]:
         """Take the foremost experts of one layer and reason, `room` at most, from the queue."""
-        urgent = (item for item in self._waiting.items() if item[1] is Reason.PREFETCH)
-        first, reason = next(urgent, None) or next(iter(self._waiting.items()))
+        urgent = (item for item in self._waiting.items() if item[1].reason is Reason.PREFETCH)
+        first, (reason, _) = next(urgent, None) or next(iter(self._waiting.items()))
         layer = self.table.layer_of(first)
         start, end = self.table.base[layer : layer + 2].tolist()
-        keys = [key for key, why in self._waiting.items() if why is reason and start <= key < end][:room]
-        for key in keys:
-            del self._waiting[key]
-        return layer, np.array(keys, np.int32) - np.int32(start), reason
+        keys = [key for key, wish in self._waiting.items() if wish.reason is reason and start <= key < end][:room]
+        chances = np.array([self._waiting.pop(key).chance for key in keys])
+        return layer, np.array(keys, np.int32) - np.int32(start), reason, chances
 
     def _cancel(self, keys: list[int]) -> None:
         for key in keys:
-            if self._waiting[key] is Reason.PREFETCH:
+            if self._waiting[key].reason is Reason.PREFETCH:
                 del self._waiting[key]
                 self._counters.prefetch_cancelled[self._layers[self.table.layer_of(key)]] += 1
 

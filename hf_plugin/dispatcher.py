@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -18,14 +17,8 @@ from moebius.predictors.costs import CostModel
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
+    from moebius.hf_plugin.lookahead import Question
     from moebius.hf_plugin.runtime import ModelRuntime
-
-
-class Predictions(threading.local):
-    """What was foreseen for the coming layers of this thread's tokens: experts, and which of them were resident."""
-
-    def __init__(self) -> None:
-        self.of_layer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
 
 @dataclass(slots=True)
@@ -36,7 +29,6 @@ class Tier:
     device: torch.device
     costs: CostModel
     launches: dict[int, list[Launched]] = field(default_factory=dict)  # of each layer, until their time is counted
-    predictions: Predictions = field(default_factory=Predictions)
     shrunk: int = 0  # how often, since the device had no memory for others
 
     def observe_copies(self) -> None:
@@ -60,7 +52,9 @@ class Step(NamedTuple):
 
     x: torch.Tensor  # [T, H] where the model computes
     host_x: torch.Tensor  # the same in host memory
+    ids: np.ndarray  # [T, k]
     routes: Routes
+    question: Question | None  # about the next layer
 
 
 def run_layer(
@@ -76,23 +70,23 @@ def run_layer(
     Raises:
         ValueError: ids outside -1..E.
     """
+    tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
+    question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
     host_x, host_ids, host_weights = to_host(x, ids, weights)
     routes = build_routes(host_ids, host_weights, layer.store.num_experts)
-    step = Step(x, host_x, routes)
+    step = Step(x, host_x, host_ids, routes, question)
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, host_ids, host_weights)
     counters = runtime.counters[layer.index]
     counters.tokens += layer.tokens(len(x))
     out = torch.zeros(host_x.shape, dtype=torch.float32)
-    tier = runtime.tiers.get(layer.index)
     if tier is None:
         counters.misses += len(routes.tokens)
-        if runtime.host is not None:
-            layer.gate.settle(x, ids)
-            _prefetch(runtime, layer.index, x)
+        layer.gate.settle(x, ids)
+        if question is not None:
+            _foresee(runtime, question, layer.index, host_ids)
         _on_cpu(runtime, layer, step, np.ones(len(routes.experts), bool), out)
         return out.to(x.device, x.dtype)
-    _judge_prediction(runtime, tier, layer.index, routes)
     layer.gate.settle(x, ids)
     return _on_both(runtime, tier, layer, step, out)
 
@@ -121,12 +115,15 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step,
         counters.misses += len(routes.tokens) - hits
         on_device = tier.costs.split(pairs, hit)
         share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, on_device)
-        _prefetch(runtime, index, step.x)
+        if runtime.lookahead is not None:
+            runtime.lookahead.missed(len(hit) - int(hit.sum()))
+        if step.question is not None:
+            _foresee(runtime, step.question, index, step.ids)
+        cache.used(index, routes.experts, hit)  # while the device computes
         _on_cpu_meanwhile(runtime, tier, layer, step, out, share, ~on_device)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish(index)
-    cache.used(index, routes.experts, hit)
     cache.admit(index, routes.experts[~(hit | share.fetched)])
     tier.observe_copies()
     return merged
@@ -191,24 +188,6 @@ def _merge(
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 
-def _prefetch(runtime: ModelRuntime, index: int, x: torch.Tensor) -> None:
-    """Foresee the next layer's experts and bring in those that are absent, wherever that layer computes."""
-    predicted = runtime.predictor.predict(index, x)
-    if predicted is None:
-        return
-    predicted = predicted[(predicted >= 0) & (predicted < runtime.stores[index + 1].num_experts)]
-    if runtime.host is not None:
-        runtime.host.read_ahead(index + 1, predicted)
-    tier = runtime.tiers.get(index + 1)
-    if tier is None:
-        return
-    resident = tier.cache.visible(index + 1, predicted)
-    tier.predictions.of_layer[index + 1] = (predicted, resident)
-    tier.cache.prefetch(index + 1, predicted[~resident])
-
-
-def _judge_prediction(runtime: ModelRuntime, tier: Tier, index: int, routes: Routes) -> None:
-    foreseen = tier.predictions.of_layer.pop(index, None)
-    if foreseen is not None:
-        predicted, resident = foreseen
-        runtime.accuracy[index].record(predicted, resident, routes.experts)
+def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:
+    assert runtime.lookahead is not None
+    runtime.lookahead.foresee(question, index, ids, runtime.tiers.get(index + 1), runtime.host)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moebius.predictors.routing import MAX_TOKENS, Gate
+from moebius.predictors.routing import MAX_TOKENS, Gate, Routing
 
 _AGREEMENT = 0.99  # share of ids that must agree; below 1 only because ties may break either way
 
@@ -55,7 +55,7 @@ class LayerGate:
         failures = []
         for candidate in self._candidates(parent, ids.shape[-1]):
             try:
-                found = candidate(x)
+                found = candidate(x).ids
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
                 failures.append(f"{type(error).__name__}: {error}")
                 continue
@@ -77,8 +77,11 @@ class LayerGate:
                 yield partial(_ask, form, forward, k, self._num_experts)
 
 
-def _ask(form: Any, forward: Any, k: int, num_experts: int, x: torch.Tensor) -> torch.Tensor:
-    return _ids(form(forward, x), k, num_experts)
+@torch.no_grad()
+def _ask(form: Any, forward: Any, k: int, num_experts: int, x: torch.Tensor) -> Routing:
+    output = form(forward, x)
+    tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
+    return Routing(_ids(tensors, k, num_experts), _scores(tensors, k, num_experts))
 
 
 def _flat(forward: Any, x: torch.Tensor) -> Any:
@@ -90,7 +93,9 @@ def _batched(forward: Any, x: torch.Tensor) -> Any:
 
 
 def _routed(route: Any, owner: ref[nn.Module], forward: Any, x: torch.Tensor) -> Any:
-    return route(owner(), forward(x))
+    scores = forward(x)
+    found, given = route(owner(), scores), scores if isinstance(scores, tuple) else (scores,)
+    return (*(found if isinstance(found, tuple) else (found,)), *given)
 
 
 def _extra_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any] | None:
@@ -109,17 +114,23 @@ def _extra_arguments(router: nn.Module, parent: nn.Module) -> dict[str, Any] | N
     return arguments
 
 
-@torch.no_grad()
-def _ids(output: torch.Tensor | tuple[torch.Tensor, ...], k: int, num_experts: int) -> torch.Tensor:
+def _ids(tensors: list[torch.Tensor], k: int, num_experts: int) -> torch.Tensor:
     """Expert ids [T, k] out of what a router returns: ids as they are, else the largest of its scores.
 
     Ids beyond the routed experts become E: no expert.
     """
-    tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
     for tensor in tensors:
         if not tensor.is_floating_point() and tensor.shape[-1] == k:
             return tensor.reshape(-1, k).clamp(max=num_experts)
     return tensors[0].flatten(0, -2).topk(k, dim=-1).indices.clamp(max=num_experts)
+
+
+def _scores(tensors: list[torch.Tensor], k: int, num_experts: int) -> torch.Tensor | None:
+    """A score of each routed expert, float [T, E], if the router returns one: the first tensor that is wide enough."""
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.shape[-1] >= max(num_experts, k + 1):
+            return tensor.flatten(0, -2)[:, :num_experts]
+    return None
 
 
 def _agreement(found: torch.Tensor, ids: torch.Tensor) -> float:

@@ -122,7 +122,7 @@ class HostTier:
 
     def read_ahead(self, layer: int, experts: np.ndarray) -> None:
         """Begin to read experts (int32 [n], distinct, likeliest first) that are foreseen for a coming layer."""
-        self.cache.prefetch(layer, experts[~self.cache.visible(layer, experts)])
+        self.cache.prefetch(layer, experts[self.cache.slots_of(layer)[experts] < 0])
 
     def reset_stats(self) -> None:
         """All counters to zero."""

@@ -35,7 +35,9 @@ class Options:
         cpu_threads: threads of the CPU experts; None for the number of physical cores.
         cache_policy: which expert deserves a slot: "default" (learns expected uses while running), "ema_table", "ema",
             "mrs", "lfu", "lru" or "static".
-        predictor: what foresees the next layer's experts: "next_gate" or "none".
+        predictor: what foresees the next layer's experts: "blend" (its router and past routing), "next_gate_residual"
+            (its router alone, on hidden states moved by their usual change), "next_gate" (on the current ones), "ids"
+            (past routing alone) or "none".
         prefetch: bring predicted experts into the cache before their layer runs.
         emulated_link: GB/s of the emulated device's link; None copies as fast as memory allows.
         keep_original: keep the original expert tensors in host memory, which a lossy `expert_format` needs.
@@ -47,7 +49,7 @@ class Options:
     expert_format: str = "native"
     cpu_threads: int | None = None
     cache_policy: str = "default"
-    predictor: str = "next_gate"
+    predictor: str = "blend"
     prefetch: bool = True
     emulated_link: float | None = None
     keep_original: bool = False

@@ -160,7 +160,7 @@ def make_options(options: dict[str, Any]) -> Options:
     chosen = Options(**options)
     for name, value, allowed in (
         ("cache_policy", chosen.cache_policy, tuple(POLICIES)),
-        ("predictor", chosen.predictor, PREDICTORS),
+        ("predictor", chosen.predictor, tuple(PREDICTORS)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")

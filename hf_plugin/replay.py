@@ -19,7 +19,7 @@ from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.trace_file import Trace
 from moebius.kernels.numba import clairvoyant
 from moebius.kernels.numba.replay import COUNTS, HITS, PREFETCHES, UPLOADS, USED_PREFETCHES, replay
-from moebius.predictors.ids import IdsForecaster
+from moebius.predictors.forecaster import Forecaster
 
 PREDICTORS = ("none", "ids")
 ROUNDS = 60  # of the bound's search for prices
@@ -181,7 +181,7 @@ def _run_stretch(
     policy = make_policy(name, [experts] * layers, price)
     table = SlotTable([experts] * layers, int(capacity * experts + 1e-9) * layers)
     policy.bind(table)
-    forecaster = IdsForecaster([experts] * layers if predictor == "ids" else [], top_k, rows=1)
+    forecaster = Forecaster([experts] * layers if predictor == "ids" else [], top_k, rows=1)
     # Below the break-even point of `residency` nothing is worth offering; beyond 1 nothing is foreseen at all.
     least = max(price / (1 + price), 0.01) if predictor == "ids" else 2.0
     arrays = (table.base, table.slot_of, table.visible, table.key_of, table.state, table.pins)

@@ -21,13 +21,14 @@ from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin import expert_files
 from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.host_tier import HostTier
+from moebius.hf_plugin.lookahead import Lookahead
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.recording import Recorder
 from moebius.hf_plugin.reserve import Reserve
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
 from moebius.hf_plugin.tiers import budget, distinct, fitting, open_tiers, shrink
 from moebius.kernels.routes import Routes
-from moebius.predictors.routing import Accuracy, Gate, NextGate, NoPrediction, RoutingPredictor
+from moebius.predictors.routing import PREDICTORS, Gate
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
@@ -61,15 +62,17 @@ class ModelRuntime:
         self.recorder: Recorder | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
-        self.predictor: RoutingPredictor = self._predictor()
+        self.lookahead: Lookahead | None = self._lookahead()
         self.reset_stats()
 
-    def _predictor(self) -> RoutingPredictor:
+    def _lookahead(self) -> Lookahead | None:
         nothing_to_bring = self.options.device == "cpu" and self.host is None
         if nothing_to_bring or not self.options.prefetch or self.options.predictor == "none":
-            return NoPrediction()
+            return None
         # the list, which `adopt` changes in place, and not the runtime: no cycle
-        return NextGate([partial(_gate_of, self.layers, index) for index in range(len(self.layers))])
+        gates = [partial(_gate_of, self.layers, index) for index in range(len(self.layers))]
+        experts = [store.num_experts for store in self.stores]
+        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, rests=self.host is None)
 
     # ---- lifetime
 
@@ -199,9 +202,10 @@ class ModelRuntime:
         """All counters to zero."""
         with self.lock:
             self.counters = [LayerStats(name) for name in self._names]
-            self.accuracy = [Accuracy() for _ in self._names]
             if self.host is not None:
                 self.host.reset_stats()
+            if self.lookahead is not None:
+                self.lookahead.reset_stats()
             for tier in distinct(self.tiers):
                 tier.launches.clear()
                 tier.cache.counters.reset()
@@ -214,7 +218,7 @@ class ModelRuntime:
             return Stats(
                 self.options.device,
                 self.options.cache_policy if self.tiers else "none",
-                "none" if isinstance(self.predictor, NoPrediction) else self.options.predictor,
+                "none" if self.lookahead is None else self.options.predictor,
                 sum({s.records.data_ptr(): s.nbytes for s in self.stores}.values()),
                 [self._layer_stats(i) for i in range(len(self._names))],
                 [_cache_stats(tier) for tier in distinct(self.tiers)],
@@ -223,14 +227,8 @@ class ModelRuntime:
 
     def _layer_stats(self, index: int) -> LayerStats:
         values = asdict(self.counters[index])
-        accuracy = self.accuracy[index]
-        values |= {
-            "predicted": accuracy.predicted,
-            "predicted_right": accuracy.right,
-            "predicted_of": accuracy.used,
-            "predicted_absent": accuracy.absent,
-            "predicted_absent_right": accuracy.absent_right,
-        }
+        if self.lookahead is not None:
+            values |= self.lookahead.layer_stats(index)
         if (tier := self.tiers.get(index)) is not None:
             counters = tier.cache.counters
             values |= {f.name: getattr(counters, f.name)[index].item() for f in fields(counters)}
@@ -251,7 +249,9 @@ class ModelRuntime:
             for tier in distinct(self.tiers)
             if tier.shrunk
         ]
-        if not isinstance(self.predictor, NoPrediction):
+        if self.lookahead is not None:
+            notes += self.lookahead.notes()
+        if self.lookahead is not None and PREDICTORS[self.options.predictor].gate:
             notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
         return notes
 

@@ -34,10 +34,12 @@ class LayerStats:
     prefetch_cancelled: int = 0  # withdrawn before their copy began, and not among the issued
     copies: int = 0  # uploads that have completed
     copy_us: float = 0.0  # microseconds that these were on the link
-    predicted: int = 0  # experts foreseen, distinct in a step
+    forecasts: int = 0  # probabilities given, one for each token and expert
+    miscalibrated: float = 0.0  # summed distance between expected uses and uses, by probability
+    predicted: int = 0  # token-expert pairs that were at least as likely as not
     predicted_right: int = 0  # of these, used
-    predicted_of: int = 0  # experts used in steps with a prediction
-    predicted_absent: int = 0  # foreseen while not resident
+    predicted_of: int = 0  # pairs used in steps with a forecast
+    predicted_absent: int = 0  # experts likely enough for a prefetch, while not resident
     predicted_absent_right: int = 0
     ram_hits: int = 0  # experts of a step on the CPU that were in memory, where memory is a cache of a file
     ram_misses: int = 0  # that had to be read
@@ -47,6 +49,8 @@ class LayerStats:
     read_ahead: int = 0  # reads of experts that were foreseen
     read_ahead_used: int = 0
     stall_ms: float = 0.0  # part of cpu_ms in which a step waited for reads
+    prefetching: int = 0  # 1 where the predictor prefetches, 0 where it does not or rests; in the sum, so many layers
+    predict_ms: float = 0.0  # on the host, for forecasts and what they lead to
     cpu_ms: float = 0.0
     gpu_ms: float = 0.0
     wait_ms: float = 0.0
@@ -58,13 +62,18 @@ class LayerStats:
 
     @property
     def recall(self) -> float:
-        """Share of the used experts that the predictor had foreseen; 0 before any."""
+        """Share of the used experts that the predictor had thought at least as likely as not; 0 before any."""
         return self.predicted_right / max(self.predicted_of, 1)
 
     @property
     def precision_absent(self) -> float:
         """Share of the foreseen experts outside the cache that were used: what decides whether a prefetch pays."""
         return self.predicted_absent_right / max(self.predicted_absent, 1)
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance between the probabilities given and the frequencies of use, by probability (ECE)."""
+        return self.miscalibrated / max(self.forecasts, 1)
 
 
 _COUNTERS = tuple(f.name for f in fields(LayerStats) if f.name != "name")
@@ -156,7 +165,7 @@ class Stats:
 
 
 def _counters(layer: LayerStats) -> dict[str, Any]:
-    derived = {name: getattr(layer, name) for name in ("hit_rate", "recall", "precision_absent")}
+    derived = {name: getattr(layer, name) for name in ("hit_rate", "recall", "precision_absent", "calibration_error")}
     return {name: getattr(layer, name) for name in _COUNTERS} | derived
 
 

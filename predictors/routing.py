@@ -1,81 +1,76 @@
-"""Which experts the next layer will need: predictors behind one protocol, and the record of how right they are."""
+"""Which experts coming layers will need: the predictors there are, and what they look at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-Gate = Callable[[torch.Tensor], torch.Tensor]  # a layer's own routing: hidden states [T, H] to ids [T, k]
-
+_FOLLOW = 0.05  # weight of a new offset: about the last 20 count
 MAX_TOKENS = 16  # beyond, a layer uses most of its experts, and there is nothing to foresee
 
 
-class RoutingPredictor(Protocol):
-    """Foresees the experts of the next layer of a model."""
+class Routing(NamedTuple):
+    """What a layer's router says of hidden states [T, H]."""
 
-    def predict(self, layer: int, x: torch.Tensor) -> np.ndarray | None:
-        """Distinct experts (int32) that layer ``layer + 1`` will use, from layer `layer`'s hidden states [T, H].
-
-        None where nothing is foreseen: after the last layer, in long prompts, or where the gate is not known.
-        """
+    ids: torch.Tensor  # integer [T, k]; E is no expert
+    scores: torch.Tensor | None  # float [T, E], by which it chooses, where it gives them
 
 
-class NoPrediction:
-    """Foresees nothing."""
-
-    def predict(self, layer: int, x: torch.Tensor) -> np.ndarray | None:
-        return None
+Gate = Callable[[torch.Tensor], Routing]  # a layer's own routing
 
 
-class NextGate:
-    """Applies the next layer's own router to the current hidden states (Eliseev & Mazur, arXiv:2312.17238).
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """What a predictor looks at; all of them turn that into probabilities by a `forecaster.Forecaster`.
 
     Args:
-        gates: one entry a layer; a callable gives the layer's gate, or None as long as or because it is not known.
+        ids: the experts of the last layers and of the token before, and recent use.
+        gate: the router of the layer that is foreseen, applied to the current hidden states (Eliseev & Mazur,
+            arXiv:2312.17238).
+        residual: whether these are first moved by the mean change that they undergo until then, learned online.
     """
 
-    def __init__(self, gates: Sequence[Callable[[], Gate | None]]) -> None:
-        self._gates = gates
-
-    def predict(self, layer: int, x: torch.Tensor) -> np.ndarray | None:
-        if layer + 1 >= len(self._gates) or not 0 < len(x) <= MAX_TOKENS:
-            return None
-        gate = self._gates[layer + 1]()
-        return None if gate is None else np.unique(gate(x).cpu().numpy()).astype(np.int32)
+    ids: bool = False
+    gate: bool = False
+    residual: bool = False
 
 
-PREDICTORS = ("next_gate", "none")
+PREDICTORS: dict[str, Predictor] = {
+    "blend": Predictor(ids=True, gate=True, residual=True),
+    "next_gate_residual": Predictor(gate=True, residual=True),
+    "next_gate": Predictor(gate=True),
+    "ids": Predictor(ids=True),
+    "none": Predictor(),
+}
 
 
-@dataclass(slots=True)
-class Accuracy:
-    """How right one layer's predictions were, counted in distinct experts of a step."""
+class Offsets:
+    """The mean change of hidden states from a layer's experts to those of a later one, for each layer, learned online.
 
-    predicted: int = 0
-    right: int = 0  # predicted and used
-    used: int = 0  # in steps that had a prediction
-    absent: int = 0  # predicted while not resident
-    absent_right: int = 0
+    Args:
+        layers: number of layers.
+        ahead: from one layer to the other.
+    """
 
-    @property
-    def recall(self) -> float:
-        """Share of the used experts that were foreseen; NaN before the first prediction."""
-        return self.right / self.used if self.used else float("nan")
+    def __init__(self, layers: int, ahead: int = 1) -> None:
+        self._ahead = ahead
+        self._means: list[torch.Tensor | None] = [None] * layers  # over the last observed tokens, fp32 [H]
+        self._offsets: list[torch.Tensor | None] = [None] * layers  # fp32 [H], of the layer they lead to
 
-    @property
-    def precision_absent(self) -> float:
-        """Share of the predicted non-resident experts that were used; NaN before the first."""
-        return self.absent_right / self.absent if self.absent else float("nan")
+    def observe(self, layer: int, x: torch.Tensor) -> None:
+        """Hidden states x [T, H] reached `layer`, in the order of the layers."""
+        mean = self._means[layer] = (x[0] if len(x) == 1 else x.mean(0)).float()
+        before = self._means[layer - self._ahead] if layer >= self._ahead else None
+        if before is None or before.shape != mean.shape:
+            return
+        change = mean - before.to(mean.device)
+        offset = self._offsets[layer]
+        self._offsets[layer] = change if offset is None else offset.lerp_(change, _FOLLOW)
 
-    def record(self, predicted: np.ndarray, resident: np.ndarray, used: np.ndarray) -> None:
-        """A step used `used`, of which `predicted` had been foreseen; `resident` (bool) as of the prediction."""
-        right = np.isin(predicted, used)
-        self.predicted += len(predicted)
-        self.right += int(right.sum())
-        self.used += len(used)
-        self.absent += int((~resident).sum())
-        self.absent_right += int((right & ~resident).sum())
+    def move(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What hidden states x [T, H], `ahead` layers before, are likely to be at `layer`."""
+        offset = self._offsets[layer]
+        return x if offset is None else (x + offset.to(x.device)).to(x.dtype)
