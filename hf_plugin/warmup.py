@@ -18,6 +18,7 @@ from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes, select
+from moebius.predictors.forecaster import Forecaster
 
 _SIZE, _EXPERTS = 32, 2
 
@@ -60,8 +61,9 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
 
 
 def _use_policy() -> None:
-    """One step of the default cache policy."""
+    """One step of the default cache policy and of a predictor."""
     policy, experts = make_policy(Options().cache_policy, [_EXPERTS]), np.arange(1, dtype=np.int32)
     select(build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), _EXPERTS), np.ones(1, bool))
     policy.used(0, experts, np.zeros(1, bool))
     policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)
+    Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
