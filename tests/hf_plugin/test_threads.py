@@ -196,7 +196,7 @@ def _interrupted_in(target: Any, name: str, call: int, before: bool) -> Iterator
 
 INTERRUPTED = [
     *((CpuExecutor, "run", call) for call in (1, 2, 5)),
-    *((ExpertCache, name, 4) for name in ("lookup", "launch", "used", "admit", "prefetch", "finish", "visible")),
+    *((ExpertCache, name, 4) for name in ("lookup", "launch", "used", "admit", "prefetch", "finish", "slots_of")),
 ]
 
 
