@@ -13,6 +13,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
 _MISSING = object()
+# whether state dicts show experts as what stands for them on the meta device
+SHAPES_ONLY: ContextVar[bool] = ContextVar("SHAPES_ONLY", default=False)
 _ids = itertools.count()
 
 
@@ -171,7 +174,8 @@ class PatchedLayer:
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         owner = self._owner()
         type(owner)._save_to_state_dict(owner, destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self.held.tensors().items()})
+        tensors = self.held.placeholders if SHAPES_ONLY.get() else self.held.tensors()
+        destination.update({prefix + name: tensor.data for name, tensor in tensors.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in self.held.parameters):
@@ -201,6 +205,13 @@ class PatchedLayer:
         raise TypeError(
             "a patched model cannot be pickled: unpatch it first, or use save_pretrained, which works patched"
         )
+
+
+def held_by(owner: nn.Module) -> HeldWeights | None:
+    """The weights that a module would have as parameters if it were not patched."""
+    method = owner.__dict__.get(_STATE_METHODS[0])
+    layer = getattr(method, "__self__", None)
+    return layer.held if isinstance(layer, PatchedLayer) else None
 
 
 def _alive(reference: ref[nn.Module]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
-from moebius.hf_plugin import memory_guard
+from moebius.hf_plugin import memory_guard, saving
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites
 from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.held import HeldWeights
@@ -92,6 +92,7 @@ def start(model: nn.Module, layers: list[PatchedLayer], options: Options, file: 
     for module in model.modules():
         if hasattr(type(module), _COMPILES):  # a replayed graph would skip the CPU's part of every layer
             module.__dict__[_COMPILES] = _never
+    saving.install(model)
 
 
 def _itemsize(model: nn.Module) -> int:
@@ -242,6 +243,7 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
         model.to("cpu")
     for module in model.modules():
         memory_guard.remove(module)
+        saving.remove(module)
         if module.__dict__.get(_COMPILES) is _never:
             del module.__dict__[_COMPILES]
 

@@ -17,6 +17,8 @@ import moebius
 from tests import zoo
 from tests.conftest import RunPython
 
+ROOT = Path(__file__).parents[2]
+
 # per-expert tensors, packed, packed transposed and interleaved with biases, flat, with identity experts, other names
 LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "nemotron_h")
 
@@ -224,7 +226,7 @@ def test_peak_memory(tmp_path: Path, run_python: RunPython) -> None:
     model.save_pretrained(tmp_path)
     del model
     peaks = {
-        kind: int(run_python(PEAK, cwd=tmp_path, KIND=kind, FOLDER=str(tmp_path)).stdout)
+        kind: int(run_python(PEAK, cwd=tmp_path, path=(ROOT,), KIND=kind, FOLDER=str(tmp_path)).stdout)
         for kind in ("streamed", "patched")
     }
     layer, slack = experts // 8, 250 << 20  # imports and compiled kernels; a second copy of all experts is 403 MB

@@ -1,0 +1,166 @@
+"""Saving a patched model: the files that stock would write, byte for byte, with one layer's experts in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moebius
+from moebius.hf_plugin import saving
+from tests import zoo
+from tests.conftest import RunPython
+from tests.hf_plugin.helpers import patched
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "nemotron_h", "diffusion_gemma")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def shards(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """All tensors of a sharded checkpoint, each where the index says, and the index's facts."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    loaded = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
+    assert {(name, file) for file, names in loaded.items() for name in names} == set(index["weight_map"].items())
+    return {name: loaded[file][name] for name, file in index["weight_map"].items()}, index["metadata"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shards_hold_what_those_of_stock_hold(name: str, tmp_path: Path) -> None:
+    """Stock keeps all tensors that it cut from one in one shard, however large; otherwise shards are the same."""
+    model = zoo.build(name)
+    model.save_pretrained(tmp_path / "stock", max_shard_size="100KB")
+    with patched(model, device="cpu"):
+        model.save_pretrained(tmp_path / "ours", max_shard_size="100KB")
+    (stock, facts), (ours, our_facts) = (shards(tmp_path / side) for side in ("stock", "ours"))
+    assert our_facts == facts
+    assert sorted(ours) == sorted(stock)
+    assert all(torch.equal(ours[key], stock[key]) for key in stock)
+    largest = max(tensor.nbytes for tensor in ours.values())
+    for file in (tmp_path / "ours").glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(file).values()) <= max(100_000, largest)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_are_those_of_stock(name: str, tmp_path: Path) -> None:
+    """Every byte of every file: weights, their order, configurations."""
+    model = zoo.build(name)
+    model.save_pretrained(tmp_path / "stock")
+    with patched(model, device="cpu"):
+        model.save_pretrained(tmp_path / "ours")
+    stock, ours = (files(tmp_path / side) for side in ("stock", "ours"))
+    assert sorted(ours) == sorted(stock)
+    assert [file for file in stock if ours[file] != stock[file]] == []
+
+
+def test_variant_base_model_and_second_save(tmp_path: Path) -> None:
+    """A part of the model saves itself too; a second save replaces the shards of the first."""
+    model = zoo.build("qwen3_moe")
+    for side in ("stock", "ours"):
+        if side == "ours":
+            moebius.patch(model, device="cpu")
+        model.save_pretrained(tmp_path / side / "variant", variant="x")
+        model.model.save_pretrained(tmp_path / side / "base")
+        model.save_pretrained(tmp_path / side / "twice")
+    for kind in ("variant", "base", "twice"):
+        assert files(tmp_path / "ours" / kind) == files(tmp_path / "stock" / kind)
+    moebius.unpatch(model)
+    assert "save_pretrained" not in vars(model)
+
+
+def test_a_lossy_model_saves_what_it_computes_with(tmp_path: Path) -> None:
+    """int8 experts become the numbers that their codes stand for; stock then computes the same."""
+    model = zoo.build("qwen3_moe")
+    ids = torch.arange(6)[None]
+    with patched(model, device="cpu", expert_format="int8", keep_original=True):
+        model.save_pretrained(tmp_path / "originals")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "originals"), ids), logits(model, ids))
+    lossy = moebius.from_pretrained(str(tmp_path / "originals"), device="cpu", expert_format="int8")
+    lossy.save_pretrained(tmp_path / "lossy")
+    stock, ours = logits(type(model).from_pretrained(tmp_path / "lossy"), ids), logits(lossy, ids)
+    assert (stock - ours).abs().max() < 0.02 * stock.abs().max()
+    assert not torch.equal(stock, logits(model, ids))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits
+
+
+def test_what_cannot_be_saved_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("qwen3_moe")
+    usage = saving.shutil.disk_usage(tmp_path)._replace(free=1000)
+    with patched(model, device="cpu"):
+        with pytest.raises(ValueError, match="upload_folder"):
+            model.save_pretrained(tmp_path / "a", push_to_hub=True)
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="is a file"):
+            model.save_pretrained(tmp_path / "file")
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(OSError, match=r"takes 0\.00 GiB, and 0\.00 GiB are free .*another disk"):
+            model.save_pretrained(tmp_path / "a")
+        monkeypatch.setattr(
+            saving,
+            "revert_weight_conversion",
+            lambda model, state: dict.fromkeys(map(str, range(len(state))), torch.empty(1)),
+        )
+        with pytest.raises(RuntimeError, match="unpatch the model and save it"):
+            model.save_pretrained(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
+    model = zoo.build("qwen3_moe")
+    with patched(model, device="cpu"):
+        state = {"lm_head.weight": torch.ones(3)}
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert list(load_file(tmp_path / "model.safetensors")) == ["lm_head.weight"]
+
+
+PEAK = """
+import os, threading, time, torch, moebius
+import moebius.hf_plugin.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+model = moebius.from_pretrained(os.environ["FOLDER"], device="cpu", expert_format="int4")
+peak, running = 0, True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous()); time.sleep(0.002)
+before = anonymous()
+watcher = threading.Thread(target=watch); watcher.start()
+model.save_pretrained(os.environ["FOLDER"] + "/saved", max_shard_size="100MB")
+running = False; watcher.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' memory accounting")
+def test_peak_memory(tmp_path: Path, run_python: RunPython) -> None:
+    """Saving holds one layer's experts, 50 MB of 403, while stock would hold them all."""
+    config = Qwen3MoeConfig(
+        hidden_size=512, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=256, intermediate_size=512,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    model.save_pretrained(tmp_path)
+    del model
+    peak = int(run_python(PEAK, cwd=tmp_path, path=(ROOT,), FOLDER=str(tmp_path)).stdout)
+    layer = 32 * 3 * 512 * 512 * 2
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] > 8 * layer
+    assert peak < 3 * layer, peak
