@@ -1,15 +1,16 @@
-"""A GPU through torch's generic interface: streams, events and pinned memory."""
+"""A GPU, or another accelerator with streams: copies beside the computation, ordered by events."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
+from moebius.gpu_cache.driver import Driver
+from moebius.gpu_cache.staging import StagedTransfer, Staging
 
 logger = logging.getLogger(__name__)
 
@@ -64,86 +65,88 @@ class StreamLaunch(Launch):
 class AcceleratorDevice(Device):
     """Computation runs on the caller's current stream, copies on two of our own: admissions and prefetches, and demand.
 
+    Host memory is pinned in place, so that a copy costs the host no more than handing it over. Where that is refused,
+    copies go through `Staging`.
+
     Args:
-        device: an available device with an index.
+        driver: of an available device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.torch_device = device
-        self._module = torch.get_device_module(device)  # torch.cuda (also ROCm), torch.xpu
-        self._background = self._module.Stream(device=device)
-        self._urgent = self._module.Stream(device=device, priority=-1)
-        self._warned = False
+    def __init__(self, driver: Driver) -> None:
+        self.torch_device = driver.device
+        self._driver = driver
+        self._background, self._urgent = driver.stream(), driver.stream(priority=-1)
+        self._staging = Staging(driver)
+        self._pinned: set[int] = set()  # addresses of the storages whose pages are pinned
 
     def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made inside could not be written outside
-            pool = torch.empty(slots, nbytes, dtype=torch.uint8, device=self.torch_device)
+            pool = self._driver.empty(slots, nbytes)
         # The memory may have been freed by work that is still queued on the current stream.
         for stream in (self._background, self._urgent):
-            stream.wait_stream(self._current_stream())
+            stream.wait_stream(self._driver.current_stream())
         return pool
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
+        assert after is None or isinstance(after, EventCompletion)
+        if source.untyped_storage().data_ptr() in self._pinned:
+            return self._send(target, source, after, urgent)
+        return self._staging.copy(source, lambda buffer: self._send(target, buffer, after, urgent), urgent)
+
+    def _send(
+        self, target: torch.Tensor, source: torch.Tensor, after: EventCompletion | None, urgent: bool
+    ) -> StreamTransfer:
         stream = self._urgent if urgent else self._background
-        with self._module.stream(stream):
+        with self._driver.on(stream):
             if after is not None:
-                assert isinstance(after, EventCompletion)
                 stream.wait_event(after.event)
-            begin = self._record(stream, timed=True)
-            target.copy_(source, non_blocking=True)
-            return StreamTransfer(begin, self._record(stream, timed=True))
+            begin = self._record(stream)
+            self._driver.copy(target, source)
+            return StreamTransfer(begin, self._record(stream))
 
     def finish_copies(self) -> None:
+        self._staging.finish()
         for stream in (self._urgent, self._background):
             stream.synchronize()
 
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
-        with self._module.device(self.torch_device):
-            stream = self._current_stream()
+        with self._driver.on_device():
+            stream = self._driver.current_stream()
             for upload in after:
-                assert isinstance(upload, EventCompletion)
+                assert isinstance(upload, EventCompletion | StagedTransfer)
                 stream.wait_event(upload.event)
-            begin = self._record(stream, timed=True)
+            begin = self._record(stream)
             output = work()
-            return StreamLaunch(begin, self._record(stream, timed=True), output, stream, self._current_stream)
+            return StreamLaunch(begin, self._record(stream), output, stream, self._driver.current_stream)
 
     def pin(self, host: torch.Tensor) -> bool:
-        """Register the pages of `host` with the driver; copies from pages it refuses block the host, at half speed."""
-        if host.is_pinned():
+        address = host.untyped_storage().data_ptr()
+        if self._driver.is_pinned(host):
+            self._pinned.add(address)
             return False  # by its owner, who unpins it
-        refusal = self._register(host)
-        if refusal and not self._warned:
+        refusal = self._driver.register(host)
+        if refusal is None:
+            self._pinned.add(address)
+            return True
+        self._staging.reserve(host.shape[-1])
+        if self.refusal is None:
+            self.refusal = refusal
             logger.warning("host memory of experts could not be pinned (%s): uploads to the GPU are slower", refusal)
-            self._warned = True
-        return refusal is None
+        return False
 
     def unpin(self, host: torch.Tensor) -> None:
-        self._module.synchronize(self.torch_device)  # no copy may be reading it
-        self._module.cudart().cudaHostUnregister(host.data_ptr())
+        self._driver.synchronize()  # no copy may be reading it
+        self._driver.unregister(host)
+        self._pinned.discard(host.untyped_storage().data_ptr())
 
     def free_memory(self) -> int:
-        """Free on the device, plus what torch's allocator holds but does not use."""
-        free, _ = self._module.mem_get_info(self.torch_device)
-        reserved = self._module.memory_reserved(self.torch_device)
-        return int(free + reserved - self._module.memory_allocated(self.torch_device))
+        return self._driver.free_memory()
 
     def close(self) -> None:
-        self._module.synchronize(self.torch_device)
+        self._staging.close()
+        self._driver.synchronize()
 
-    def _register(self, host: torch.Tensor) -> str | None:
-        if not hasattr(self._module, "cudart"):
-            return f"torch offers no page registration for {self.torch_device.type}"
-        code = int(self._module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        if code == 0:
-            return None
-        with suppress(RuntimeError):  # takes the refusal off the driver's books, else the next kernel reports it
-            torch.zeros(1, device=self.torch_device)
-        return f"cudaHostRegister of {host.nbytes} bytes returned {code}"
-
-    def _current_stream(self) -> Any:
-        return self._module.current_stream(self.torch_device)
-
-    def _record(self, stream: Any, timed: bool = False) -> Any:
-        event = self._module.Event(enable_timing=timed)
+    def _record(self, stream: Any) -> Any:
+        event = self._driver.event()
         event.record(stream)
         return event

@@ -98,9 +98,10 @@ class ExpertCache:
         pool, local = self._pool(layer)
         pool.collect()
         slots = pool.table.occupied(local, experts)
+        self._pin(layer, pool, slots)  # first: those whose copy has ended since `lookup` could be displaced
         missing = slots < 0
-        slots[missing] = pool.demand(local, experts[missing])
-        self._pin(layer, pool, slots)
+        slots[missing] = fetched = pool.demand(local, experts[missing])
+        self._pin(layer, pool, fetched)
         return slots
 
     def launch(

@@ -59,6 +59,7 @@ class Device(ABC):
 
     torch_device: torch.device
     real_link = True  # whether times of copies are those of a link, and not of memory that stands for one
+    refusal: str | None = None  # why host memory is not pinned, where it should be
 
     @property
     def name(self) -> str:
@@ -88,7 +89,11 @@ class Device(ABC):
 
     @abstractmethod
     def pin(self, host: torch.Tensor) -> bool:
-        """Make a host tensor fit for asynchronous copies, in place; False where this is refused or means nothing."""
+        """Pin a host tensor (uint8 [E, nbytes]) in place, if the device does; True if `unpin` has to undo it.
+
+        Raises:
+            RuntimeError: neither that nor any other way to copy from it is to be had.
+        """
 
     @abstractmethod
     def unpin(self, host: torch.Tensor) -> None:
@@ -121,8 +126,9 @@ def open_device(name: str, emulated_link: float | None = None) -> Device:
     if emulated_link is not None:
         raise ValueError(f"emulated_link={emulated_link} has no meaning on {name!r}; use it with device='emulated'")
     from moebius.gpu_cache.accelerator import AcceleratorDevice
+    from moebius.gpu_cache.driver import Driver
 
-    return AcceleratorDevice(_find(name))
+    return AcceleratorDevice(Driver(_find(name)))
 
 
 def full_name(name: str) -> str:

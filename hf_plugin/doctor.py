@@ -15,6 +15,8 @@ import torch
 from packaging.version import Version
 
 from moebius import __version__
+from moebius.gpu_cache.device import default_device
+from moebius.gpu_cache.driver import Driver
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import read_bandwidth
 from moebius.kernels.numba.jit import cache_folder
@@ -43,8 +45,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One CUDA device."""
+    """One accelerator that can hold a cache; `capability` is CUDA's, "" elsewhere."""
 
+    device: str
     name: str
     capability: str
     total_bytes: int
@@ -129,14 +132,19 @@ def measure_memory(cpu: machine.Cpu) -> Memory:
 
 
 def find_gpus() -> list[Gpu]:
-    """The CUDA devices that torch can use."""
-    return [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    """The accelerators that torch can use and that can hold a cache."""
+    kind = default_device()
+    return (
+        [] if kind == "cpu" else [_gpu(torch.device(kind, index)) for index in range(torch.accelerator.device_count())]
+    )
 
 
-def _gpu(index: int) -> Gpu:
-    facts = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
-    return Gpu(facts.name, f"{facts.major}.{facts.minor}", total, free)
+def _gpu(device: torch.device) -> Gpu:
+    module = torch.get_device_module(device)
+    facts = module.get_device_properties(device)
+    free, total = module.mem_get_info(device)
+    capability = f"{facts.major}.{facts.minor}" if hasattr(facts, "major") else ""
+    return Gpu(str(device), facts.name, capability, total, free)
 
 
 def check_triton(gpus: list[Gpu]) -> Finding:
@@ -157,14 +165,19 @@ def check_triton(gpus: list[Gpu]) -> Finding:
 
 
 def check_pinned_memory(gpus: list[Gpu]) -> Finding:
-    """Whether host memory can be pinned for fast copies to the GPU."""
+    """Whether host memory can be pinned in place, as the experts' is for fast copies to the GPU."""
     if not gpus:
-        return Finding(False, "pinning needs a CUDA device")
+        return Finding(False, "pinning needs a GPU")
+    driver, host = Driver(torch.device(gpus[0].device)), torch.empty(1 << 20, dtype=torch.uint8)
+    refusal = driver.register(host)
+    if refusal is None:
+        driver.unregister(host)
+        return Finding(True, "1 MiB was pinned in place")
     try:
-        torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True)
+        driver.pinned(1 << 20)
     except RuntimeError as error:
-        return Finding(False, f"the driver refused to pin 1 MiB: {error}")
-    return Finding(True, "1 MiB was pinned")
+        return Finding(False, f"{refusal}, and no pinned memory was to be had: {error}")
+    return Finding(False, f"{refusal}; memory that is allocated pinned was to be had")
 
 
 def check_transformers() -> Finding:
@@ -220,17 +233,17 @@ def _plan_gpu_cache(gpus: list[Gpu], triton: Finding) -> Component:
         return Component(name, "none: all experts run on the CPU", True, f"no GPU: {_why_no_gpu()}")
     if not triton.usable:
         return Component(name, "none: all experts run on the CPU", True, triton.reason)
-    return Component(name, f"cache on cuda:0 ({gpus[0].name}), Triton", False, triton.reason)
+    return Component(name, f"cache on {gpus[0].device} ({gpus[0].name}), Triton", False, triton.reason)
 
 
 def _plan_uploads(gpus: list[Gpu], pinned: Finding) -> Component:
     if not gpus:
         return Component("uploads of experts", "none", True, "there is no GPU to upload to")
-    used = "asynchronous copies from pinned memory" if pinned.usable else "copies from pageable memory"
+    used = "copies from pinned memory" if pinned.usable else "copies through a few pinned buffers, with a thread"
     return Component("uploads of experts", used, not pinned.usable, pinned.reason)
 
 
 def _why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA"
-    return f"torch {torch.__version__} finds no CUDA device"
+    return f"torch {torch.__version__} finds no device that can hold a cache"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import convert_file_size_to_int
 
 from moebius.kernels.formats import FORMATS
 
-DEVICES = '"auto", "cpu", "cuda", "cuda:<n>" or "emulated"'
+DEVICES = '"auto", "cpu", "cuda", "cuda:<n>", another accelerator of torch, or "emulated"'
 MEMORY_FORMS = 'bytes as an int, a string such as "8GiB" or "25%", a fraction in (0, 1] as a float, or "auto"'
 
 
@@ -55,7 +55,7 @@ class Options:
     keep_original: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|emulated|cuda(:\d+)?", self.device):
+        if not isinstance(self.device, str) or not _is_device(self.device):
             raise ValueError(f"device={self.device!r} is unknown; use {DEVICES}")
         parse_memory(self.gpu_memory, total=1 << 40)
         parse_memory(self.cpu_memory, total=1 << 40)
@@ -69,6 +69,16 @@ class Options:
         for name in ("prefetch", "keep_original"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _is_device(name: str) -> bool:
+    """Whether torch knows an accelerator of that name, there or not, or it is one of ours."""
+    if name in ("auto", "cpu", "emulated"):
+        return True
+    try:
+        return torch.device(name).type not in ("cpu", "meta")
+    except RuntimeError:
+        return False
 
 
 def _is_number(value: object, kinds: Any = int | float) -> bool:

@@ -249,6 +249,12 @@ class ModelRuntime:
             for tier in distinct(self.tiers)
             if tier.shrunk
         ]
+        notes += [
+            f"{device.name}: host memory of experts is not pinned ({device.refusal}), so that uploads take a detour "
+            "through pinned buffers"
+            for device in (tier.cache.device for tier in distinct(self.tiers))
+            if device.refusal
+        ]
         if self.lookahead is not None:
             notes += self.lookahead.notes()
         if self.lookahead is not None and PREDICTORS[self.options.predictor].gate:

@@ -40,7 +40,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     cpu, memory = report.cpu, report.memory
     caches = ", ".join(f"L{c.level} {c.instances} x {c.bytes_each >> 10:,} KiB" for c in cpu.caches)
     gpus = ", ".join(
-        f"{g.name} (compute {g.capability}, {g.free_bytes / GIB:.1f} of {g.total_bytes / GIB:.1f} GiB free)"
+        f"{g.device}: {g.name} {g.capability} ({g.free_bytes / GIB:.1f} of {g.total_bytes / GIB:.1f} GiB free)"
         for g in report.gpus
     )
     return [

@@ -99,6 +99,17 @@ def test_fetch_takes_over_a_prefetch_under_way():
     assert cache.counters.prefetch_used.tolist() == [1, 0]
 
 
+def test_an_expert_that_arrives_between_lookup_and_fetch_is_not_displaced():
+    """A slot that `fetch` has promised for one expert and gives to the next."""
+    cache, device = make_cache(1, experts=(6,), widths=(2,))
+    cache.prefetch(0, some(1))
+    assert cache.lookup(0, some(1, 2)).tolist() == [-1, -1]
+    device.copies[0].end()
+    assert cache.fetch(0, some(1, 2)).tolist() == [0, -1]
+    cache.launch(0, X, one_token(some(1)), some(0))
+    cache.finish(0)
+
+
 def test_prefetches_are_used_once_or_wasted():
     cache, _ = make_cache(2, experts=(6,), widths=(2,))
     for expert in (1, 2):

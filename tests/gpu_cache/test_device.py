@@ -14,6 +14,7 @@ import torch
 
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.device import default_device, open_device
+from moebius.gpu_cache.driver import Driver
 from moebius.gpu_cache.emulated import EmulatedDevice
 from moebius.gpu_cache.worker import Job, Worker
 from moebius.hf_plugin.runtime import resolve_device
@@ -271,7 +272,7 @@ def recorder(monkeypatch):
 
 
 def accelerator() -> AcceleratorDevice:
-    return AcceleratorDevice(torch.device("cpu"))
+    return AcceleratorDevice(Driver(torch.device("cpu")))
 
 
 def test_copy_streams_wait_for_the_former_owner_of_the_pools_memory(recorder):
@@ -282,6 +283,7 @@ def test_copy_streams_wait_for_the_former_owner_of_the_pools_memory(recorder):
 def test_streams_wait_for_the_events_of_one_another(recorder):
     """A missing wait is a race that shows on a device only, and seldom."""
     device, pool, host = accelerator(), torch.zeros(2, 64, dtype=torch.uint8), records(2)
+    device.pin(host)
 
     def work() -> torch.Tensor:
         recorder.log.append("work")
@@ -318,8 +320,9 @@ def test_a_result_taken_on_another_stream_waits_there(recorder):
     assert recorder.log == ["other awaits event1", "kept for other"]
 
 
-def test_refused_pinning_is_said_once_and_not_undone(recorder, caplog):
+def test_refused_pinning_is_said_once_and_not_undone(recorder, caplog, monkeypatch):
     recorder.refusal = 712
+    monkeypatch.setattr(Driver, "pinned", lambda self, nbytes: torch.empty(nbytes, dtype=torch.uint8))
     device = accelerator()
     with caplog.at_level(logging.WARNING):
         assert [device.pin(records(1)), device.pin(records(2))] == [False, False]

@@ -6,10 +6,13 @@ import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from moebius.gpu_cache.driver import Driver
 from moebius.hf_plugin import doctor, machine, memory_read
 from moebius.kernels.numba import jit
 
@@ -98,7 +101,7 @@ def test_report_is_whole_and_plain_data() -> None:
 @pytest.mark.usefixtures("quick_memory")
 def test_without_a_gpu_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent fallback to the CPU is what a user asks the doctor about."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "default_device", lambda: "cpu")
     report = doctor.examine()
     parts = {part.component: part for part in report.plan}
     assert parts["experts on the GPU"].fallback
@@ -106,6 +109,48 @@ def test_without_a_gpu_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     assert parts["uploads of experts"].fallback
     assert not report.pinned_memory.usable
     assert report.gpus == []
+
+
+@pytest.fixture
+def xpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two accelerators that are not CUDA's."""
+    module = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(name=f"Arc {device.index}"),
+        mem_get_info=lambda device: (3 << 30, 12 << 30),
+        Stream=object,
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+
+
+@pytest.mark.usefixtures("xpu")
+def test_other_accelerators_than_cuda_are_found() -> None:
+    """Catches questions that only torch.cuda answers."""
+    gpus = doctor.find_gpus()
+    assert gpus == [doctor.Gpu(f"xpu:{i}", f"Arc {i}", "", 12 << 30, 3 << 30) for i in range(2)]
+    assert doctor._plan_gpu_cache(gpus, doctor.Finding(True, "")).used == "cache on xpu:0 (Arc 0), Triton"
+
+
+@pytest.mark.usefixtures("xpu")
+def test_refused_pinning_and_the_detour_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches "yes" for memory that is allocated pinned, where the experts' own pages are refused."""
+    gpus = doctor.find_gpus()
+    monkeypatch.setattr(Driver, "pinned", lambda self, nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    found = doctor.check_pinned_memory(gpus)
+    assert found == doctor.Finding(
+        False, "torch registers no host memory for xpu; memory that is allocated pinned was to be had"
+    )
+    assert doctor._plan_uploads(gpus, found).used == "copies through a few pinned buffers, with a thread"
+
+    def refuse(driver: Driver, nbytes: int) -> torch.Tensor:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Driver, "pinned", refuse)
+    assert "no pinned memory was to be had: no more" in doctor.check_pinned_memory(gpus).reason
+    monkeypatch.setattr(Driver, "register", lambda self, host: None)
+    monkeypatch.setattr(Driver, "unregister", lambda self, host: None)
+    assert doctor.check_pinned_memory(gpus).usable
 
 
 def test_triton_is_usable_without_a_gpu_in_its_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,150 @@
+"""Whole models on `AcceleratorDevice` over a fake driver: late copies, refused pages, copies and memory that fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import moebius
+from moebius.gpu_cache import executor
+from moebius.gpu_cache.accelerator import AcceleratorDevice
+from moebius.hf_plugin import patching, tiers
+from tests import zoo
+from tests.gpu_cache.fake_driver import FakeDriver
+from tests.hf_plugin import helpers
+from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt
+
+Open = Callable[..., FakeDriver]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Replaces the device that "emulated" opens, by one over the driver that it returns."""
+    drivers: list[FakeDriver] = []
+    threads = 0
+
+    def choose(**options: Any) -> FakeDriver:
+        nonlocal threads
+        threads = threading.active_count()
+        drivers.append(FakeDriver(**options))
+        monkeypatch.setattr(tiers, "open_device", lambda name, link: AcceleratorDevice(drivers[-1]))
+        return drivers[-1]
+
+    yield choose
+    assert threading.active_count() == threads
+    assert all(driver.registered == set() for driver in drivers), "pages that stay pinned"
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
+@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0])
+def test_models_with_late_copies(opened: Open, budget: float, refuses: bool) -> None:
+    """Catches a result that depends on when a copy ends, and staging that nobody is told of."""
+    model = helpers.trained()
+    ids = prompt(model)
+    want, tokens = logits(model, ids), greedy(model, ids)
+    driver = opened(refuses=refuses)
+    with patched(model, device="emulated", gpu_memory=budget):
+        for _ in range(3):
+            assert_close(logits(model, ids), want)
+            assert greedy(model, ids) == tokens
+        stats = moebius.stats(model)
+        assert stats.sums.hits > 0
+        assert driver.calls["copy"] > 0
+        assert any("not pinned (injected: refused)" in note for note in stats.notes) is refuses
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
+def test_copies_that_fail(opened: Open, refuses: bool) -> None:
+    """Catches half an expert in a slot that counts as its own, and a model that is of no use afterwards."""
+    model = helpers.trained()
+    ids, failing = prompt(model), [False]
+    want = greedy(model, ids)
+    opened(refuses=refuses, fails=lambda name, number: failing[0] and name == "copy" and number % 5 == 0)
+    with patched(model, device="emulated", gpu_memory=0.5):
+        failing[0], errors = True, 0
+        for _ in range(6):
+            try:
+                assert greedy(model, ids) == want
+            except RuntimeError as error:
+                errors += "copy failed" in f"{error} {error.__cause__}"
+        assert errors > 0
+        failing[0] = False
+        for _ in range(3):
+            try:
+                assert greedy(model, ids) == want
+                break
+            except RuntimeError as error:  # of copies that failed before, each reported once
+                assert "uploading expert" in str(error)  # noqa: PT017
+        assert greedy(model, ids) == want
+        assert moebius.stats(model).sums.hits > 0
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_pages_that_are_refused_half_way(opened: Open, call: int) -> None:
+    """Catches pages of the first layers that stay pinned, or all of them staged since one was refused."""
+    model = helpers.trained()
+    ids = prompt(model)
+    want = greedy(model, ids)
+    driver = opened(fails=lambda name, number: name == "register" and number == call)
+    with patched(model, device="emulated", gpu_memory=0.5):
+        assert len(driver.registered) == 5
+        assert greedy(model, ids) == want
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_memory_that_fails_while_a_model_is_patched(opened: Open, call: int) -> None:
+    """Catches slots, pins or a module that a patch which had to give up leaves behind."""
+    model = zoo.build("qwen3_moe")
+    with helpers.unchanged(model):
+        driver = opened(refuses=True, fails=lambda name, number: name == "pinned" and number == call)
+        with pytest.raises(RuntimeError, match="pins neither"):
+            moebius.patch(model, device="emulated", gpu_memory=0.5)
+        assert driver.registered == set()
+
+
+def test_a_kernel_that_fails(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches pins of a launch that never was, and an event that nobody has recorded."""
+    model = helpers.trained()
+    ids = prompt(model)
+    want = greedy(model, ids)
+    opened(refuses=True)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("injected: illegal instruction")
+
+    with patched(model, device="emulated", gpu_memory=0.5):
+        assert greedy(model, ids) == want
+        with monkeypatch.context() as kernels:
+            kernels.setattr(executor, "moe_forward", broken)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="illegal instruction"):
+                    greedy(model, ids)
+        assert greedy(model, ids) == want
+        moebius.resize(model, gpu_memory=0.25)
+        assert greedy(model, ids) == want
+
+
+def test_nothing_is_allocated_while_generating(opened: Open) -> None:
+    """Catches device memory, pinned memory or pages that are asked for on the decode path."""
+    model = helpers.trained()
+    ids = prompt(model)
+    driver = opened(refuses=True)
+    with patched(model, device="emulated", gpu_memory=0.3):
+        before = {name: count for name, count in driver.calls.items() if name != "copy"}
+        copies = driver.calls["copy"]
+        greedy(model, ids, max_new_tokens=24)
+        assert {name: count for name, count in driver.calls.items() if name != "copy"} == before
+        assert driver.calls["copy"] > copies
+
+
+def test_auto_names_any_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a name that torch found and our own options refuse."""
+    monkeypatch.setattr(patching, "resolve_device", lambda name: "xpu" if name == "auto" else name)
+    assert patching.make_options({}).device == "xpu"
+    assert patching.make_options({"device": "xpu:1"}).device == "xpu:1"
+    for name in ("meta", "gpu", "cuda:x", "cpu:0", "emulated:1"):
+        with pytest.raises(ValueError, match="is unknown; use"):
+            patching.make_options({"device": name})
