@@ -102,6 +102,7 @@ class ExpertCache:
         missing = slots < 0
         slots[missing] = fetched = pool.demand(local, experts[missing])
         self._pin(layer, pool, fetched)
+        self._pinned[layer][-2:] = [slots[slots >= 0]]  # as `release` knows them
         return slots
 
     def launch(

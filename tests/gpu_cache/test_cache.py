@@ -110,6 +110,18 @@ def test_an_expert_that_arrives_between_lookup_and_fetch_is_not_displaced():
     cache.finish(0)
 
 
+def test_what_one_fetch_returned_is_released_together():
+    """Slots that were on their way and others, which `fetch` pins one after the other."""
+    cache, _ = make_cache(3, experts=(6,), widths=(2,))
+    cache.prefetch(0, some(2))
+    cache.lookup(0, some(1, 2, 3))
+    slots = cache.fetch(0, some(1, 2, 3))
+    cache.launch(0, X, one_token(some(1, 2, 3)), slots)
+    cache.release(0, slots)
+    assert not cache._pools[0].table.pins.any()
+    cache.finish(0)
+
+
 def test_prefetches_are_used_once_or_wasted():
     cache, _ = make_cache(2, experts=(6,), widths=(2,))
     for expert in (1, 2):
