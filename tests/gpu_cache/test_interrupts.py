@@ -92,7 +92,7 @@ def check_that_it_serves(cache: ExpertCache, device: FakeDevice) -> None:
         slots = pool.table.lookup(layer, np.arange(len(records)))
         for expert in np.flatnonzero(slots >= 0):
             assert torch.equal(pool.memory[slots[expert]], records[expert])
-    assert cache.fetch(0, some(0, 1, 2, 3)).min() >= 0, "every slot can be had"
+    assert cache.fetch(0, some(4, 5)).min() >= 0, "every slot of the layer's share can be had"
     cache.finish(0)
     cache.resize(2 * LAYERS[0].layout.nbytes)
 
