@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import psutil
 import torch
@@ -54,6 +54,7 @@ class ModelRuntime:
         self._start([layer.name for layer in layers])
 
     def _start(self, names: Sequence[str]) -> None:
+        _runtimes.add(self)
         self._names = list(names)
         self._patched = len(names)
         self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
@@ -117,6 +118,12 @@ class ModelRuntime:
         self._patched -= 1
         if not self._patched:
             self.close()
+
+    def forked(self) -> None:
+        """In the child of a fork: threads, and who held the lock, are the parent's; caches are opened anew."""
+        self.lock = threading.RLock()
+        _abandoned.append(self.tiers)
+        self.tiers, self._stale = {}, self.options.device != "cpu"
 
     def replace_store(self, index: int, store: ExpertStore) -> None:
         """Layer `index` has other records now; the cache is opened anew before its next use."""
@@ -275,6 +282,19 @@ class ModelRuntime:
                 tier.observe_launch(launched.tokens, took * 1e3)
         if under_way:
             tier.launches[index] = under_way
+
+
+_runtimes: WeakSet[ModelRuntime] = WeakSet()
+_abandoned: list[dict[int, Tier]] = []  # caches of a parent process, which the child must neither use nor close
+
+
+def _after_fork() -> None:
+    for runtime in list(_runtimes):
+        runtime.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _cache_stats(tier: Tier) -> CacheStats:

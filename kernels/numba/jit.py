@@ -24,6 +24,7 @@ from typing import Any
 import llvmlite
 import numba
 import numba.extending
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
 from moebius.kernels.numba import isa
@@ -101,6 +102,21 @@ def _interrupted(error: BaseException | None) -> bool:
 def entry(signature: str, *, callback: bool = False) -> Callable[[Callable[..., Any]], Entry]:
     """Decorate a function that is called from Python (or, as a `callback`, by its address from other kernels)."""
     return lambda function: Entry(function, signature, callback)
+
+
+def _begin_fork() -> None:
+    """A fork waits for what is being compiled: the child would have the locks of threads that it does not have."""
+    _compiling.acquire()
+    global_compiler_lock.acquire()
+
+
+def _end_fork() -> None:
+    global_compiler_lock.release()
+    _compiling.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_begin_fork, after_in_parent=_end_fork, after_in_child=_end_fork)
 
 
 def source_key() -> str:
