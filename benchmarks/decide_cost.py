@@ -21,7 +21,8 @@ from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.replay import run
 from moebius.hf_plugin.trace_file import Trace
 from moebius.kernels.numba.replay import HITS
-from moebius.predictors.forecaster import Forecaster
+from moebius.predictors.forecaster import Forecaster, Hint
+from moebius.predictors.routing import PREDICTORS
 
 TOKENS = 200
 
@@ -57,16 +58,26 @@ def time_policy(policy: ValuedPolicy, table: SlotTable, ids: np.ndarray) -> tupl
     return np.array(took) * 1e6, hits
 
 
-def time_forecaster(forecaster: Forecaster, ids: np.ndarray) -> np.ndarray:
-    """Microseconds of `observe` and of `forecast` in each layer step, float64 [steps, 2]."""
+def time_predictor(name: str, experts: int, ids: np.ndarray) -> np.ndarray:
+    """Microseconds of `Forecaster.advance` in each layer step, and 0, float64 [steps, 2].
+
+    That is everything but the router's own arithmetic: what it chose is here half right, by scores that say so.
+    """
+    layers, top_k = ids.shape[1:]
+    forecaster = Forecaster([experts] * layers, top_k, ids=PREDICTORS[name].ids)
+    rng, slots = np.random.default_rng(1), np.full(experts, -1, np.int32)
+    slots[: experts // 4] = 0
+    scores = rng.normal(size=(1, experts)).astype(np.float32)
     took = []
     for token in ids:
-        for layer, experts in enumerate(token):
+        for layer, used in enumerate(token):
+            chosen = used.copy() if layer + 1 == layers else token[layer + 1].copy()
+            chosen[::2] = rng.integers(experts, size=len(chosen[::2]))
+            hint = Hint(scores, chosen[None]) if PREDICTORS[name].gate else None
+            now = used[None]
             begun = perf_counter()
-            forecaster.observe(layer, experts[None])
-            middle = perf_counter()
-            forecaster.forecast(layer)
-            took.append((middle - begun, perf_counter() - middle))
+            forecaster.advance(layer, now, hint, slots if layer + 1 < layers else None, 0.5, 4)
+            took.append((perf_counter() - begun, 0.0))
     return np.array(took) * 1e6
 
 
@@ -85,7 +96,10 @@ def main() -> None:
         took, hits = time_policy(make_policy(name, counts), SlotTable(counts, given.experts // 4 * given.layers), ids)
         assert hits == run(trace, 0.25, name)[0][:, HITS].sum(), f"{name} decides otherwise than in replay"
         found.append(_row(name, ("used", "place"), took))
-    found.append(_row("ids", ("observe", "forecast"), time_forecaster(Forecaster(counts, given.top_k), ids)))
+    for name in ("next_gate", "ids", "blend"):
+        found.append(_row(name, ("advance", "rest"), time_predictor(name, given.experts, ids)))
+    total = sum(row["total_median_us"] for row in found if row["name"] in ("default", "blend"))
+    found.append({"name": "default + blend", "total_median_us": round(total, 2)})
     for row in found:
         print(row)
     if given.out is not None:
