@@ -180,6 +180,32 @@ class ExpertCache:
         pool, local = self._pool(layer)
         pool.policy.used(local, experts, hit)
 
+    def use(self, layer: int) -> np.ndarray:
+        """Share of the layer's steps that used each expert, as the policy remembers, float64 [E].
+
+        Raises:
+            ValueError: the policy remembers no such thing.
+        """
+        number, local = self._home[layer]
+        return self._policies[number].use(local)
+
+    def start_from(self, uses: Sequence[np.ndarray]) -> None:
+        """Let the policy take shares of use, of each of the model's layers (float [E]), for its own experience."""
+        for layer, (number, local) in self._home.items():
+            self._policies[number].start_from(local, uses[layer])
+
+    def fill(self, uses: Sequence[np.ndarray]) -> None:
+        """Upload the experts that are used most, by shares of use as in `start_from`, and wait for them."""
+        for number, group in enumerate(self._groups):
+            pool = self._pools[number]
+            pool.reset()
+            shares = np.concatenate([uses[layer] for layer in group])
+            chosen = np.argsort(-shares, kind="stable")[: pool.table.slots]
+            for local in range(len(group)):
+                first, end = pool.table.base[local : local + 2].tolist()
+                pool.demand(local, (chosen[(chosen >= first) & (chosen < end)] - first).astype(np.int32))
+            pool.drain()
+
     def admit(self, layer: int, experts: np.ndarray) -> int:
         """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns how many are queued or begun."""
         return self._offer(layer, experts, Reason.ADMIT)

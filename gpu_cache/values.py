@@ -10,6 +10,8 @@ import numpy as np
 from moebius.gpu_cache.slots import SlotTable, divide
 from moebius.kernels.numba import residency
 
+_PROFILE_STEPS = 32  # that a profile counts for, so that a wrong one is soon forgotten
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -96,6 +98,24 @@ class ValuedPolicy:
         likely = self._certainty[: len(experts)] if chances is None else np.ascontiguousarray(chances, np.float64)
         wanted = np.ascontiguousarray(experts, np.int32)
         return residency.choose(self.state, self.bind(table), layer, wanted, likely, int(reason))
+
+    def use(self, layer: int) -> np.ndarray:
+        """Share of the layer's steps that used each expert, as far as this policy remembers, float64 [E]."""
+        first, end = self.state[residency.BASE][layer : layer + 2]
+        if self.rule.kind == residency.FEATURES:
+            return self.state[residency.AVERAGES][-1, first:end].copy()
+        if self.rule.kind == residency.COUNT:
+            return self.state[residency.VALUE][first:end] / max(int(self.state[residency.STEPS][layer]), 1)
+        raise ValueError("the cache policy lru remembers no shares of use; choose another one to make a profile")
+
+    def start_from(self, layer: int, use: np.ndarray) -> None:
+        """Take shares of use (float [E], of steps) for what `_PROFILE_STEPS` steps have taught."""
+        first, end = self.state[residency.BASE][layer : layer + 2]
+        self.state[residency.STEPS][layer] = _PROFILE_STEPS
+        self.state[residency.AVERAGES][:, first:end] = use
+        self.state[residency.VALUE][first:end] = use * (1 if self.rule.kind == residency.RECENCY else _PROFILE_STEPS)
+        if self.rule.kind == residency.FEATURES:
+            self.used(layer, np.empty(0, np.int32), np.empty(0, bool))  # which values the experts
 
     def bind(self, table: SlotTable) -> tuple[np.ndarray, ...]:
         """The table's arrays as compiled code wants them (`residency.TABLE`); sees to shares of as many slots."""

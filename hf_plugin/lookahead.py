@@ -13,7 +13,7 @@ import torch
 
 from moebius.hf_plugin.dispatcher import Tier
 from moebius.hf_plugin.host_tier import HostTier
-from moebius.predictors.forecaster import NO_SCORES, Forecaster, Hint
+from moebius.predictors.forecaster import NO_SCORES, Forecaster, Habits, Hint
 from moebius.predictors.routing import MAX_TOKENS, Gate, Offsets, Predictor, Routing
 from moebius.predictors.switch import BURST, PERIOD, Switch, least_chance
 
@@ -36,6 +36,7 @@ class Lookahead:
         predictor: what it looks at.
         experts: number of experts of each layer.
         gates: of each layer; a callable gives the gate, or None as long as or because it is not known.
+        habits: of each layer, from a profile; empty to start from nothing.
         rests: whether it rests where it does not pay; not where experts are read from a file, which costs far more.
     """
 
@@ -45,7 +46,9 @@ class Lookahead:
         experts: Sequence[int],
         gates: Sequence[Callable[[], Gate | None]],
         rests: bool = True,
+        habits: Sequence[Habits] = (),
     ) -> None:
+        self._habits = habits
         self._rests = rests
         self._predictor, self._experts, self._gates = predictor, list(experts), gates
         self._offsets = Offsets(len(experts)) if predictor.residual else None
@@ -92,6 +95,8 @@ class Lookahead:
         begun = perf_counter()
         if self.forecaster is None:
             self.forecaster = Forecaster(self._experts, ids.shape[1], 1, MAX_TOKENS, self._predictor.ids)
+            for number, habits in enumerate(self._habits):
+                self.forecaster.adopt(number, habits)
         target, forecaster = layer + 1, self.forecaster
         hint = None if question.routing is None else to_host(question.routing)
         if target == len(self._experts):

@@ -39,6 +39,8 @@ class Options:
             (its router alone, on hidden states moved by their usual change), "next_gate" (on the current ones), "ids"
             (past routing alone) or "none".
         prefetch: bring predicted experts into the cache before their layer runs.
+        profile: file of routing statistics from which the cache and the predictor start, made by `moebius.save_profile`
+            or `moebius trace --profile`; None for knowing nothing. Without a cache it has no effect.
         emulated_link: GB/s of the emulated device's link; None copies as fast as memory allows.
         keep_original: keep the original expert tensors in host memory, which a lossy `expert_format` needs.
     """
@@ -51,6 +53,7 @@ class Options:
     cache_policy: str = "default"
     predictor: str = "blend"
     prefetch: bool = True
+    profile: str | None = None
     emulated_link: float | None = None
     keep_original: bool = False
 
@@ -66,6 +69,8 @@ class Options:
             raise ValueError(f"cpu_threads={self.cpu_threads!r} must be at least 1, or None for the physical cores")
         if self.emulated_link is not None and not (_is_number(self.emulated_link) and self.emulated_link > 0):
             raise ValueError(f"emulated_link={self.emulated_link!r} must be a positive number of GB/s, or None")
+        if self.profile is not None and not isinstance(self.profile, str):
+            raise ValueError(f"profile={self.profile!r} must be the path of a file as a string, or None")
         for name in ("prefetch", "keep_original"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")

@@ -19,6 +19,7 @@ from moebius.hf_plugin.held import HeldWeights
 from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.memory_guard import GuardedForward
 from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.profile import read_profile
 from moebius.hf_plugin.reserve import reserve_for
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
 from moebius.kernels.experts import RecordLayout
@@ -170,6 +171,8 @@ def make_options(options: dict[str, Any]) -> Options:
 
 def check_budget(options: Options, sites: list[ExpertsSite]) -> None:
     """Raise what the options alone show to be impossible, before anything is touched."""
+    if options.profile is not None:
+        read_profile(options.profile).check(options.profile, [site.params.num_experts for site in sites])
     if options.device == "cpu":
         return
     open_device(options.device, options.emulated_link).close()

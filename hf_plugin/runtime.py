@@ -23,6 +23,7 @@ from moebius.hf_plugin.dispatcher import Tier, run_layer
 from moebius.hf_plugin.host_tier import HostTier
 from moebius.hf_plugin.lookahead import Lookahead
 from moebius.hf_plugin.options import Options
+from moebius.hf_plugin.profile import Profile, read_profile
 from moebius.hf_plugin.recording import Recorder
 from moebius.hf_plugin.reserve import Reserve
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
@@ -51,6 +52,7 @@ class ModelRuntime:
         self.lock = threading.RLock()
         self.stores: list[ExpertStore] = [layer.store for layer in layers]
         self.layers: list[ref[PatchedLayer]] = [ref(layer) for layer in layers]
+        self.profile: Profile | None = None if options.profile is None else read_profile(options.profile)
         self._start([layer.name for layer in layers])
 
     def _start(self, names: Sequence[str]) -> None:
@@ -73,7 +75,8 @@ class ModelRuntime:
         # the list, which `adopt` changes in place, and not the runtime: no cycle
         gates = [partial(_gate_of, self.layers, index) for index in range(len(self.layers))]
         experts = [store.num_experts for store in self.stores]
-        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, rests=self.host is None)
+        habits = self.profile.habits if self.profile is not None else []
+        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host is None, habits)
 
     # ---- lifetime
 
@@ -84,7 +87,10 @@ class ModelRuntime:
         size = expert_files.budget(self.options, list(self.file.layers.values()))
         if size is None:
             return None
-        return HostTier(self.file, self.stores, size, self.options.cache_policy, self.executor)
+        host = HostTier(self.file, self.stores, size, self.options.cache_policy, self.executor)
+        if self.profile is not None:
+            host.cache.start_from(self.profile.uses)
+        return host
 
     def open(self) -> None:
         """Open the caches, if this model has any, and measure what experts cost here.
@@ -95,6 +101,11 @@ class ModelRuntime:
         """
         if self.options.device != "cpu":
             self.tiers = open_tiers(self.options, self.executor, self.stores, self._places(), self.reserve)
+            if self.profile is not None:
+                for tier in distinct(self.tiers):
+                    tier.cache.start_from(self.profile.uses)
+                    tier.cache.fill(self.profile.uses)
+                    tier.cache.counters.reset()
             self._stale = False
 
     def _places(self) -> list[torch.device]:
@@ -136,7 +147,7 @@ class ModelRuntime:
         new = object.__new__(ModelRuntime)
         memo[id(self)] = new
         new.options, new.reserve, new.file, new.lock = self.options, self.reserve, self.file, threading.RLock()
-        new.stores, new.layers = list(self.stores), list(self.layers)
+        new.stores, new.layers, new.profile = list(self.stores), list(self.layers), self.profile
         new._start(self._names)
         new._patched = 0
         return new
@@ -202,6 +213,26 @@ class ModelRuntime:
             except torch.OutOfMemoryError:  # not even for the least
                 self._forget_tiers()
                 return False
+
+    def profile_now(self) -> Profile:
+        """What was learned of the routing so far.
+
+        Raises:
+            ValueError: there is no cache, or its policy keeps no statistics.
+        """
+        with self.lock:
+            caches = {index: tier.cache for index, tier in self.tiers.items()}
+            if self.host is not None:
+                caches = dict.fromkeys(range(len(self.stores)), self.host.cache) | caches
+            if len(caches) < len(self.stores):
+                raise ValueError(
+                    "a model without a cache learns nothing of its routing; patch it with a device that has one, or "
+                    "record a profile with moebius trace --profile"
+                )
+            uses = [caches[index].use(index).astype("float32") for index in range(len(self.stores))]
+            forecaster = None if self.lookahead is None else self.lookahead.forecaster
+            habits = [] if forecaster is None else [forecaster.habits(index) for index in range(len(self.stores))]
+            return Profile(uses, habits)
 
     # ---- statistics
 

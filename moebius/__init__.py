@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from moebius.hf_plugin.patching import patch as patch
     from moebius.hf_plugin.patching import resize as resize
     from moebius.hf_plugin.patching import unpatch as unpatch
+    from moebius.hf_plugin.profile import save_profile as save_profile
     from moebius.hf_plugin.stats import Stats as Stats
     from moebius.hf_plugin.stats import reset_stats as reset_stats
     from moebius.hf_plugin.stats import stats as stats
@@ -39,6 +40,7 @@ _PUBLIC = {
     "unpatch": "moebius.hf_plugin.patching",
     "is_patched": "moebius.hf_plugin.patching",
     "resize": "moebius.hf_plugin.patching",
+    "save_profile": "moebius.hf_plugin.profile",
     "Stats": "moebius.hf_plugin.stats",
     "stats": "moebius.hf_plugin.stats",
     "reset_stats": "moebius.hf_plugin.stats",

@@ -11,6 +11,7 @@ import numpy as np
 from moebius.kernels.numba import foresight
 
 NO_SCORES = np.empty((0, 0), np.float32)
+_FOLLOWERS = 8
 _NO_SLOTS = np.empty(0, np.int32)
 # Weights of a router's features before anything is learned: about what three layers of a small trained model teach.
 _MARGIN, _CHOSEN, _ASKED = 2.0, 1.5, -1.0
@@ -21,6 +22,16 @@ class Hint(NamedTuple):
 
     scores: np.ndarray  # float32 [T, E], contiguous, or [0, 0] where it gives none
     ids: np.ndarray  # int32 [T, k], contiguous
+
+
+class Habits(NamedTuple):
+    """The strongest of what a `Forecaster` learned of one layer of E experts, in about 70 E bytes."""
+
+    average: np.ndarray  # recent use, float32 [E]
+    bias: np.ndarray  # float32 [E]
+    slopes: np.ndarray  # of average use and the router's features, float32 [1 + GATE]
+    followers: np.ndarray  # most telling experts after each one in the layer before, and after the token before
+    weights: np.ndarray  # uint16 and float16 [2, E of that layer, M]
 
 
 NO_HINT = Hint(NO_SCORES, np.empty((0, 0), np.int32))
@@ -147,6 +158,32 @@ class Forecaster:
         """What comes next does not follow what was observed last."""
         for part in (foresight.TOKENS, foresight.HINTED, foresight.HOLDING, foresight.OFFERS):
             self.state[part].fill(0)
+
+    def habits(self, layer: int) -> Habits:
+        """What was learned of `layer`, for `adopt`."""
+        count, weights = self.experts[layer], self.state[foresight.WEIGHTS][layer]
+        before = max(self.experts[max(layer - self.ahead, 0)], count)
+        kept = weights[[0, -1], :before, :count] if len(weights) else np.zeros((2, 0, count), np.float32)
+        strongest = np.argsort(-np.abs(kept), axis=2, kind="stable")[..., :_FOLLOWERS]
+        return Habits(
+            self.state[foresight.AVERAGE][layer, :count].copy(),
+            self.state[foresight.BIAS][layer, 0, :count].copy(),
+            self.state[foresight.SLOPES][layer, 0].copy(),
+            strongest.astype(np.uint16),
+            np.take_along_axis(kept, strongest, 2).astype(np.float16),
+        )
+
+    def adopt(self, layer: int, habits: Habits) -> None:
+        """Start from what another forecaster learned of `layer`, in a model of the same shape."""
+        count, weights = self.experts[layer], self.state[foresight.WEIGHTS][layer]
+        self.state[foresight.AVERAGE][layer, :count] = habits.average
+        self.state[foresight.BIAS][layer, 0, :count] = habits.bias
+        self.state[foresight.SLOPES][layer, 0] = habits.slopes
+        if len(weights):
+            for lag, place in enumerate((0, -1)):
+                kept = weights[place, : habits.followers.shape[1], :count]
+                np.put_along_axis(kept, habits.followers[lag].astype(np.int64), habits.weights[lag], 1)
+        self.state[foresight.HOLDING].fill(0)
 
     def accuracy(self, layer: int) -> Accuracy:
         """How right the forecasts of `layer` were since `forget_accuracy`."""

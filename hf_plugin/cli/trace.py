@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moebius
 from moebius.hf_plugin.cli.console import hide_progress_of_libraries, out, progress_bar
+from moebius.hf_plugin.profile import Profile
 from moebius.hf_plugin.recording import recording
+from moebius.hf_plugin.trace_file import read_trace
 
 
 def trace(
@@ -19,6 +21,7 @@ def trace(
     out_file: Annotated[Path, typer.Option("--out", help="The npz file to write.")],
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate from each prompt.")] = 256,
     device: Annotated[str, typer.Option(help="As in moebius.patch.")] = "auto",
+    profile: Annotated[Path | None, typer.Option(help="Also write a profile, for moebius.patch's option.")] = None,
 ) -> None:
     """Generate from prompts greedily and record which experts every layer chose for every token."""
     texts = [(path.stem, line) for path in prompts for line in path.read_text().splitlines() if line.strip()]
@@ -35,4 +38,6 @@ def trace(
             loaded.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             tokens += recorder.end_sequence(group)
         recorder.save(out_file)
+    if profile is not None:
+        Profile.of_trace(read_trace(out_file)).save(profile)
     out.print(f"{tokens} tokens of {len(texts)} prompts: {out_file}", highlight=False)

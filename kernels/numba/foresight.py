@@ -39,7 +39,8 @@ STATE = "Tuple((" + ", ".join([
     "boolean[:, ::1]",  # offered, and not judged yet [L, E]
     "float64[:, ::1]", "float64[:, :, ::1]",  # record [L, RECORDS]; forecasts, their sum, uses by probability [L, 3, B]
 ]) + "))"  # fmt: skip
-TOKENS, SLOPES, HINTED, HOLDING, OFFERS, RECORD, CALIBRATION = 3, 8, 10, 12, 13, 14, 15  # their places there
+TOKENS, WEIGHTS, BIAS, AVERAGE, SLOPES = 3, 4, 6, 7, 8  # their places there
+HINTED, HOLDING, OFFERS, RECORD, CALIBRATION = 10, 12, 13, 14, 15
 
 _RATE, _SLOW_RATE = np.float32(0.2), np.float32(0.05)  # step sizes of weights, and of biases
 _AVERAGING = np.float32(1 - 0.5 ** (1 / 16))  # half-life of 16 tokens

@@ -34,6 +34,7 @@ STATE = "Tuple((" + ", ".join([
     _INT, "float32[::1]", "float32[:, ::1]",  # first pair of each layer [L], pairs [sum E^2], recent and seen [2, keys]
     "float64[:, ::1]", "float64[:, :, ::1]", "float64[:, ::1]",  # features [keys, F], moments [3, F, F], weights [2, F]
 ]) + "))"  # fmt: skip
+BASE, STEPS, VALUE, AVERAGES = 2, 4, 5, 7  # their places there
 TABLE = "Tuple((int64[::1], uint8[::1], int32[::1]))"  # key, state and pins of each slot, as in SlotTable
 FREE, LOADING = 0, 1
 

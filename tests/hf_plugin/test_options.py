@@ -80,7 +80,7 @@ def test_options_are_the_arguments_of_patch() -> None:
             "predictor",
             "prefetch",
         ),
-        *("emulated_link", "keep_original"),
+        *("profile", "emulated_link", "keep_original"),
     }
     assert [p.kind for p in inspect.signature(moebius.patch).parameters.values()][1:] == [inspect.Parameter.VAR_KEYWORD]
     assert moebius.Options is Options
