@@ -16,6 +16,7 @@ import moebius
 from moebius.hf_plugin import doctor, generation, machine, memory_read
 from moebius.hf_plugin.cli import app as cli
 from moebius.hf_plugin.cli import bench, demo
+from moebius.hf_plugin.profile import read_profile
 from moebius.kernels.formats import FORMATS
 
 SMALL_EXPERTS = ["bench", "experts", "--shape", "8,64,32,2", "--threads", "1", "--repeats", "2"]
@@ -218,7 +219,10 @@ def test_trace_is_read_by_replay(tmp_path: Path) -> None:
     """What one command writes the other takes."""
     (tmp_path / "code.txt").write_text("import os\n\ndef read(path):\n")
     trace, prompts = str(tmp_path / "trace.npz"), str(tmp_path / "code.txt")
-    done = invoke("trace", TINY, "--prompts", prompts, "--out", trace, "--new-tokens", "8", "--device", "cpu")
+    profile = str(tmp_path / "profile.safetensors")
+    options = ("--new-tokens", "8", "--device", "cpu", "--profile", profile)
+    done = invoke("trace", TINY, "--prompts", prompts, "--out", trace, *options)
+    assert len(read_profile(profile).habits) == 6
     assert done.exit_code == 0, done.output
     document = json.loads(invoke("replay", trace, "--capacity", "0.25", "--policy", "lru", "--json").stdout)
     assert 0 < document["rows"][0]["hit_rate"] < document["bound"]["hit_rate"] < 1

@@ -34,7 +34,7 @@ def halves() -> tuple[Trace, Trace]:
 
 
 def costs(held_out: Trace, uses: list[np.ndarray] | None, slots: int) -> np.ndarray:
-    """Misses and uploads in the first 50 tokens of each sequence and in the next 100; the cache is filled beforehand."""
+    """Misses and uploads in each sequence's first 50 tokens, and the next 100; the cache is filled beforehand."""
     found, experts = np.zeros(2), [held_out.experts] * LAYERS
     for start in held_out.offsets[:-1]:
         policy, table = make_policy("default", experts), SlotTable(experts, slots * LAYERS)
