@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,7 @@ class FakeDriver(Driver):
         self.calls: dict[str, int] = {}
         self.registered: set[int] = set()
         self.buffers: set[int] = set()
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()  # memory that somebody still has
         self._random = random.Random(seed)
         self._streams: list[FakeStream] = []
         self._main = FakeStream(self, at_once=True)
@@ -150,13 +152,16 @@ class FakeDriver(Driver):
     def empty(self, slots: int, nbytes: int) -> torch.Tensor:
         if self._count("empty"):
             raise torch.OutOfMemoryError("injected: out of memory")
-        return torch.full((slots, nbytes), POISON, dtype=torch.uint8)
+        pool = torch.full((slots, nbytes), POISON, dtype=torch.uint8)
+        self.alive.add(pool)
+        return pool
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         if self._count("pinned"):
             raise RuntimeError("injected: no pinned memory")
         buffer = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self.buffers.add(buffer.data_ptr())
+        self.alive.add(buffer)
         return buffer
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -56,8 +56,9 @@ class Machine(RuleBasedStateMachine):
             self.failures = max(0, self.failures - str(error).count("of layer"))
             return None
 
-    @rule(layer=layer_numbers, experts=some_experts, fetch=st.booleans())
-    def step(self, layer: int, experts: set[int], fetch: bool) -> None:
+    @rule(layer=layer_numbers, experts=some_experts, fetch=st.booleans(), arriving=st.integers(0, 2))
+    def step(self, layer: int, experts: set[int], fetch: bool, arriving: int) -> None:
+        """A layer's step up to its launch, with copies that end between `lookup` and `fetch`."""
         if layer in self.steps:
             self.finish(layer, admit=True)
         wanted = existing(layer, experts)
@@ -69,6 +70,8 @@ class Machine(RuleBasedStateMachine):
         pool, local = self.cache._pool(layer)
         late = [key for key, reason in pool._waiting.items() if reason is Reason.PREFETCH]
         assert local not in [pool.table.layer_of(key) for key in late], "a prefetch for a layer that has begun"
+        for copy in [copy for copy in self.device.copies if copy.ready][:arriving]:
+            copy.end()
         if fetch and (got := self.attempt(self.cache.fetch, layer, wanted[slots < 0])) is not None:
             slots[slots < 0] = got
         self.launch(layer)

@@ -114,7 +114,9 @@ def test_an_allocation_that_fails_leaves_a_usable_cache():
     layers = make_layers()
     cache = open_cache(layers, 0.25)
     try:
-        hog = torch.empty(cache.free_memory() - (8 << 20), dtype=torch.uint8, device="cuda")
+        gc.collect()
+        torch.cuda.empty_cache()  # what is left of it cannot be given to others
+        hog = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 20), dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             cache.resize(sum(layer.records.nbytes for layer in layers))
         del hog

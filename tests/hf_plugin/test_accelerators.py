@@ -11,6 +11,7 @@ import pytest
 import moebius
 from moebius.gpu_cache import executor
 from moebius.gpu_cache.accelerator import AcceleratorDevice
+from moebius.gpu_cache.staging import BUFFERS
 from moebius.hf_plugin import patching, tiers
 from tests import zoo
 from tests.gpu_cache.fake_driver import FakeDriver
@@ -138,6 +139,23 @@ def test_nothing_is_allocated_while_generating(opened: Open) -> None:
         greedy(model, ids, max_new_tokens=24)
         assert {name: count for name, count in driver.calls.items() if name != "copy"} == before
         assert driver.calls["copy"] > copies
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
+def test_cycles_give_pages_and_memory_back(opened: Open, refuses: bool) -> None:
+    """Catches slots, buffers or pinned pages of a model that is unpatched, and whose cache has been resized."""
+    model = zoo.build("qwen3_moe")
+    ids = prompt(model)
+    want, driver = greedy(model, ids), opened(refuses=refuses)
+    for _ in range(10):
+        with patched(model, device="emulated", gpu_memory=0.5):
+            assert greedy(model, ids) == want
+            moebius.resize(model, gpu_memory=0.25)
+            assert greedy(model, ids) == want
+            assert len(driver.alive) == 1 + BUFFERS * refuses, "one pool, and the ring"
+            assert len(driver.registered) == (0 if refuses else 2)
+        assert not driver.alive
+        assert not driver.registered
 
 
 def test_auto_names_any_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

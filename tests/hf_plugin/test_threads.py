@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -93,6 +94,32 @@ def test_statistics_and_resize_while_generating(options: dict[str, Any]) -> None
             str(moebius.stats(model))
             moebius.reset_stats(model)
         assert running.result() == [want] * 6
+
+
+def test_the_budget_changes_under_load() -> None:
+    """Catches slots that are given back while some thread's layer computes from them, and a step without any."""
+    model = helpers.trained()
+    prompts = [helpers.prompt(model, 1, length) for length in (5, 12, 9)]
+    want = [greedy(model, ids) for ids in prompts]
+    done = threading.Event()
+
+    def run(ids: torch.Tensor) -> list[list[list[int]]]:
+        return [greedy(model, ids) for _ in range(3)]
+
+    def resize() -> int:
+        for count, budget in enumerate(itertools.cycle((0.1, 1.0, 0.5, "1%"))):
+            if done.is_set():
+                return count
+            moebius.resize(model, gpu_memory=budget)
+        raise AssertionError
+
+    with patched(model, **EMULATED), ThreadPoolExecutor(4) as pool:
+        resizing, running = pool.submit(resize), [pool.submit(run, ids) for ids in prompts]
+        try:
+            assert [future.result() for future in running] == [[tokens] * 3 for tokens in want]
+        finally:
+            done.set()
+        assert resizing.result() > 3
 
 
 # ---- errors
@@ -320,19 +347,21 @@ def test_unpatch_gives_threads_and_memory_back(options: dict[str, Any]) -> None:
     assert stats.to_dict()["tokens"] > 0
 
 
-def test_thirty_cycles_leak_nothing() -> None:
+@pytest.mark.parametrize("cycles", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_cycles_leak_nothing(cycles: int) -> None:
     """Catches threads, records or slots that each cycle of patch and unpatch leaves behind."""
     model = zoo.build("qwen3_moe")
     ids, before = prompt(model), helpers.weights(model)
     want = greedy(model, ids)
     process, threads, resident = psutil.Process(), threading.active_count(), []
     experts_bytes = sum(p.nbytes for m in helpers.experts_modules(model) for p in m.parameters())
-    for cycle in range(30):
+    for cycle in range(cycles):
         with patched(model, **THREADED[cycle % 2]):
             assert greedy(model, ids) == want
         assert threading.active_count() == threads
         resident.append(process.memory_info().rss)
-    assert resident[-1] - resident[9] < 10 * experts_bytes, "half of what would remain if each cycle leaked its experts"
+    leaked = (cycles - 10) * experts_bytes // 2  # half of what would remain if each cycle leaked its experts
+    assert resident[-1] - resident[9] < leaked
     helpers.assert_same_weights(model, before)
 
 
