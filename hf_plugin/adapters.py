@@ -85,6 +85,16 @@ class ExpertParams:
             return ("up",)
         return ("gate", "up") if self.concatenated else ()
 
+    def rows(self, name: str) -> dict[str, slice]:
+        """Where each matrix's rows are among those that a packed tensor holds of an expert, seen as [out, in]."""
+        if name == "down_proj":
+            return {"down": slice(None)}
+        if not self.gated:
+            return {"up": slice(None)}
+        if self.concatenated:
+            return {"gate": slice(0, self.intermediate), "up": slice(self.intermediate, None)}
+        return {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+
     def surplus(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rows of packed tensors beyond the routed experts, which nothing computes with but a checkpoint holds."""
         if self.flat:

@@ -34,6 +34,7 @@ class ExpertsSite:
         convention: how it is called.
         spec: what an expert computes.
         identity_experts: whether ids from E upwards mean "the expert that returns its input".
+        coded: the format of its weights in a quantised checkpoint that it is loaded from, if they are kept so.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ExpertsSite:
     convention: Convention
     spec: ExpertSpec
     identity_experts: bool
+    coded: str | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by parameter name."""

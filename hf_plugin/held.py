@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.discovery import ExpertsSite
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
-from moebius.kernels.packing import pack, unpack
+from moebius.kernels.packing import CodedMatrix, pack, unpack
 
 _HOST = torch.empty(0)
 
@@ -114,6 +114,12 @@ class HeldWeights:
         each(fill, self.num_experts)
         self.absent.discard(name)
         return True
+
+    def fill_coded(self, name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]], each: ForEach) -> None:
+        """Copy one of the module's weights into the store from each expert's coded matrices."""
+        records = self.store.records
+        each(lambda number: pack(self.layout, records[number], matrices(number)), self.num_experts)
+        self.absent.discard(name)
 
     def release(self) -> None:
         """Free the module's own tensors."""

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.hf_plugin.held import HeldWeights
+from moebius.kernels.packing import CodedMatrix
 
 
 class Intake:
@@ -55,6 +56,15 @@ class Intake:
     def take_stacked(self, held: HeldWeights, name: str, experts: Sequence[Sequence[torch.Tensor]]) -> bool:
         """Take one of a module's weights as the tensors of single experts; False where that is not possible."""
         return self._taken(held, lambda: held.fill_stacked(name, experts, self._each))
+
+    def take_coded(self, held: HeldWeights, name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]) -> None:
+        """Take one of a module's weights as each expert's coded matrices."""
+
+        def fill() -> bool:
+            held.fill_coded(name, matrices, self._each)
+            return True
+
+        self._taken(held, fill)
 
     def finish(self) -> RecordFile | None:
         """All weights have been offered.

@@ -7,19 +7,23 @@ stores plus one packed tensor. Everything else loads as usual. No trace of a qua
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.hf_plugin import expert_files
+from moebius.hf_plugin.checkpoint_codes import methods
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites, probe_ids, verify_once
 from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.held import HeldWeights
@@ -27,8 +31,10 @@ from moebius.hf_plugin.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.layer import PatchedLayer
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.patching import check_budget, format_name, make_options, start
+from moebius.hf_plugin.quantized_loading import QuantizedCheckpoint
 from moebius.hf_plugin.runtime import default_threads
 from moebius.kernels.formats import FLOATS
+from moebius.kernels.packing import CodedMatrix
 
 METHOD = "moebius"
 
@@ -49,6 +55,7 @@ class MoebiusConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum is closed, its registry is not
         self.options: Options = make_options(options)
         self.into: Path | None = None  # write experts to this file, and leave the model without them
+        self.quantized: Mapping[str, Any] | None = None  # the checkpoint's own quantization_config, if it has one
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -59,6 +66,12 @@ class MoebiusQuantizer(HfQuantizer):
     """Takes expert weights out of transformers' loading; registered for `MoebiusConfig`."""
 
     quantization_config: MoebiusConfig
+
+    def __init__(self, quantization_config: MoebiusConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.quantized is not None:
+            self.pre_quantized = True
+        self._checkpoint: QuantizedCheckpoint | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -86,6 +99,10 @@ class MoebiusQuantizer(HfQuantizer):
         options, files = self.quantization_config.options, list(kwargs.get("checkpoint_files") or ())
         with torch.device("cpu"):  # the model is being built on the meta device
             self._sites: list[ExpertsSite] = find_sites(model, loaded=False)
+            if (quantized := self.quantization_config.quantized) is not None:
+                self._checkpoint = QuantizedCheckpoint(quantized, files, self)
+                formats = self._checkpoint.plan(model, self._sites, options.expert_format == "native")
+                self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
             file = expert_files.beside(files)
             helds = self._hold(model, file)
@@ -136,6 +153,8 @@ class MoebiusQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any, **more: Any) -> list[Any]:
         # transformers 5.17 does not pass the model
+        if self._checkpoint is not None:
+            return self._checkpoint.conversions(weight_conversions, self._sites)
         for conversion in weight_conversions:
             if any("experts" in pattern for pattern in getattr(conversion, "source_patterns", ())):
                 conversion.force_cpu = True  # experts are put together in host memory, wherever the rest goes
@@ -154,6 +173,18 @@ class MoebiusQuantizer(HfQuantizer):
         """Take the tensors of single experts that a weight is stacked from; False where this is not possible."""
         held = self._held(model, full_name)
         return held is not None and self._intake.take_stacked(held, full_name.rpartition(".")[2], experts)
+
+    def take_coded(
+        self, model: PreTrainedModel, full_name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]
+    ) -> None:
+        """Take one expert weight as coded matrices."""
+        held = self._held(model, full_name)
+        assert held is not None, full_name
+        self._intake.take_coded(held, full_name.rpartition(".")[2], matrices)  # type: ignore[union-attr]
+
+    def wants(self, model: PreTrainedModel, full_name: str) -> bool:
+        """Whether a weight is one of experts."""
+        return self._held(model, full_name) is not None
 
     def has(self, model: PreTrainedModel, full_name: str) -> bool:
         """Whether a weight is there already, so that it need not be put together."""
@@ -182,6 +213,9 @@ class MoebiusQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for conversion, operations in self._replaced:
             conversion.operations = operations  # saving reverses them
+        if self._checkpoint is not None:
+            used = model.__dict__["_weight_conversions"]
+            model.__dict__["_weight_conversions"] = self._checkpoint.for_saving(used)
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -192,7 +226,7 @@ class MoebiusQuantizer(HfQuantizer):
         layers, verified = [], set[object]()
         for index, site in enumerate(self._sites):
             held = self._held_by_owner[site.owner]
-            held.lossless = FLOATS.get(held.layout.format) == held.dtype
+            held.lossless = held.layout.format == site.coded or FLOATS.get(held.layout.format) == held.dtype
             _verify(site, held, verified)
             layers.append(PatchedLayer(index, site, parent_of(model, site.name), held))
         for layer in layers:
@@ -299,14 +333,19 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     config = kwargs.get("config") or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in forwarded if name in kwargs}
     )
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise ValueError(
-            f"{name_or_path} is quantised with {method}, which moebius.from_pretrained does not read yet; load it with "
-            "transformers so that its experts are dequantised (fp32, bf16 or fp16), then moebius.patch(model)"
-        )
+    chosen = MoebiusConfig(**options)
+    chosen.quantized, kwargs["config"] = _without_quantization(config)
+    if chosen.quantized is not None:
+        methods(chosen.quantized)  # raises where there is none
+        kwargs.setdefault("dtype", getattr(config, "dtype", None) or torch.bfloat16)
     kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
-    return kind.from_pretrained(
-        name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=MoebiusConfig(**options)
-    )
+    return kind.from_pretrained(name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen)
+
+
+def _without_quantization(config: PreTrainedConfig) -> tuple[Mapping[str, Any] | None, PreTrainedConfig]:
+    """A checkpoint's quantization_config, and its configuration without."""
+    config, found = copy.deepcopy(config), None
+    for part in (config, config.get_text_config(decoder=True)):
+        if (quantized := part.__dict__.pop("quantization_config", None)) is not None:
+            found = found or (quantized if isinstance(quantized, dict) else quantized.to_dict())
+    return found, config

@@ -204,7 +204,7 @@ def format_name(site: ExpertsSite, options: Options) -> str:
     """The storage format of a site's experts."""
     if options.expert_format != "native":
         return options.expert_format
-    return next(name for name, dtype in FLOATS.items() if dtype == site.dtype)
+    return site.coded or next(name for name, dtype in FLOATS.items() if dtype == site.dtype)
 
 
 def _lossless_format(site: ExpertsSite, options: Options) -> str:

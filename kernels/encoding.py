@@ -131,6 +131,6 @@ def _nearest(scaled: torch.Tensor, coding: Coding) -> torch.Tensor:
             return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         case "e2m1":
             middles = [(a + b) / 2 for a, b in pairwise(E2M1)]
-            code = torch.bucketize(scaled.abs(), torch.tensor(middles, device=scaled.device))
+            code = torch.bucketize(scaled.abs().contiguous(), torch.tensor(middles, device=scaled.device))
             return (code | (scaled < 0).int() << 3).to(torch.uint8)
     return (scaled if coding.zeros else scaled + 8).round().clamp(0, 15).to(torch.uint8)

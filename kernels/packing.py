@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,58 @@ _STARTS = {8: (1.0,), 4: (1.0, 0.88, 0.77)}
 _REFINEMENTS = 2  # rounds of codes for the scale, then the best scale for the codes
 
 
-def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedMatrix:
+    """A matrix as a quantised checkpoint has it.
+
+    Args:
+        codes: uint8 [n, m], one to a byte.
+        scales, zeros: [*coding.blocks((n, m))], in the types of `moebius.kernels.formats`.
+        order: where columns are not grouped in their order, the block of each, int64 [m].
+    """
+
+    coding: Coding
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def numbers(self) -> torch.Tensor:
+        """The weights, fp32 [n, m]."""
+        if self.order is None:
+            return decode(self.coding, self.codes, self.scales, self.zeros)
+        ungrouped = replace(self.coding, columns=GROUP)
+        matrix = torch.empty(self.codes.shape, device=self.codes.device)
+        for block in range(self.scales.shape[1]):
+            mine = self.order == block
+            zeros = None if self.zeros is None else self.zeros[:, block, None]
+            matrix[:, mine] = decode(ungrouped, self.codes[:, mine], self.scales[:, block, None], zeros)
+        return matrix
+
+    def rows(self, which: slice) -> CodedMatrix:
+        """Some rows of a matrix whose rows have scales of their own."""
+        assert self.coding.rows == 1, self.coding
+        zeros = None if self.zeros is None else self.zeros[which]
+        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
+
+
+def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torch.Tensor | CodedMatrix]) -> None:
     """Write weights into records, converting or quantising them.
 
     Args:
         records: uint8 [..., layout.nbytes].
-        weights: some or all of the layout's weights by name, [..., *shape], of any floating dtype.
+        weights: some or all of the layout's weights by name, [..., *shape], of any floating dtype. What is coded as the
+            layout has it is copied as it is.
     """
     stored, coding = layout.stored(records), layout.coding
-    for name, weight in weights.items():
+    for name, matrix in weights.items():
+        if isinstance(matrix, CodedMatrix):
+            if matrix.coding == coding and matrix.order is None:
+                _put(coding, name, stored, matrix.codes, matrix.scales, matrix.zeros)
+                continue
+            weight = matrix.numbers()
+        else:
+            weight = matrix
         if coding is None or f"{name}_scale" not in stored:
             stored[name].copy_(weight)
         elif coding.rounds:
@@ -35,24 +79,14 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
             _encode_to(weight, coding, name, stored)
 
 
-def put_codes(
-    layout: RecordLayout,
-    records: torch.Tensor,
+def _put(
+    coding: Coding,
     name: str,
+    stored: dict[str, torch.Tensor],
     codes: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor | None = None,
+    zeros: torch.Tensor | None,
 ) -> None:
-    """Write a matrix that is coded already, as it is.
-
-    Args:
-        records: uint8 [..., layout.nbytes].
-        name: "gate", "up" or "down".
-        codes: uint8 [..., n, m], one to a byte.
-        scales, zeros: in the types of the layout, [..., *blocks].
-    """
-    stored, coding = layout.stored(records), layout.coding
-    assert coding is not None, layout.format
     stored[name].copy_(to_bytes(codes, coding.bits))
     stored[f"{name}_scale"].copy_(scales)
     if zeros is not None:
@@ -64,11 +98,7 @@ def _encode_to(weight: torch.Tensor, coding: Coding, name: str, stored: dict[str
         for index in range(len(weight)):
             _encode_to(weight[index], coding, name, {key: part[index] for key, part in stored.items()})
         return
-    codes, scales, zeros = encode(coding, weight)
-    stored[name].copy_(to_bytes(codes, coding.bits))
-    stored[f"{name}_scale"].copy_(scales)
-    if zeros is not None:
-        stored[f"{name}_zero"].copy_(zeros)
+    _put(coding, name, stored, *encode(coding, weight))
 
 
 def _quantize_to(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:

@@ -1,0 +1,230 @@
+"""Matrices of quantised checkpoints, each from the tensors that its method stores for it.
+
+A method names the tensors that stand for one weight, and reads them as codes, scales and zero points; on the meta
+device it tells no more than their form. Nothing here rounds: `CodedMatrix.numbers` is worth what the checkpoint says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moebius.kernels.formats import GROUP, SCALES, Coding
+from moebius.kernels.packing import CodedMatrix
+
+Tensors = Mapping[str, torch.Tensor]  # of one weight, by the end of their names
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where output j of eight lies in an int32
+_E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)
+_SCALE_NAMES = {dtype: name for name, dtype in SCALES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to store a quantised weight.
+
+    Args:
+        weight: end of the weight's name in a model.
+        names: ends of the names of the tensors that stand for it; the first one is always there, or the weight is
+            not quantised.
+        read: makes a matrix of those that there are, or raises ValueError.
+        unkept: why its codes cannot be kept, or None.
+    """
+
+    weight: str
+    names: tuple[str, ...]
+    read: Callable[[Tensors], CodedMatrix]
+    unkept: str | None = None
+
+
+def methods(config: Mapping[str, Any]) -> list[Method]:
+    """The methods of a checkpoint with this `quantization_config`.
+
+    Raises:
+        ValueError: none is known; the message names what is.
+    """
+    match str(getattr(name := config.get("quant_method"), "value", name)):
+        case "fp8":
+            size = config.get("weight_block_size")
+            return [Method("weight", ("weight", "weight_scale_inv"), lambda tensors: _fp8(tensors, size))]
+        case "mxfp4":
+            return [
+                Method(name, (f"{name}_blocks", f"{name}_scales"), _mxfp4) for name in ("gate_up_proj", "down_proj")
+            ]
+        case "gptq":
+            return [_gptq_method(config)]
+        case "awq":
+            return [_awq_method(config)]
+        case "compressed-tensors":
+            return [_compressed_method(config)]
+    raise ValueError(
+        f"the checkpoint is quantised with {config.get('quant_method')}; experts are read from fp8, mxfp4, gptq, awq "
+        "and compressed-tensors checkpoints: take one of these, or load it with transformers so that its experts are "
+        "dequantised (fp32, bf16 or fp16), then moebius.patch(model)"
+    )
+
+
+def check(matrix: CodedMatrix) -> None:
+    """Raise ValueError for numbers that no weight can have."""
+    scales = matrix.scales
+    bad = (scales == 255).any() if scales.dtype == torch.uint8 else ~torch.isfinite(scales).all()
+    if bad:
+        raise ValueError("scales are NaN or infinite")
+    if matrix.coding.code == "e4m3" and ((matrix.codes & 127) == 127).any():
+        raise ValueError("weights are NaN")
+
+
+def _scales(scales: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Scales in a type that records have, and its name."""
+    if scales.dtype == _E8M0:
+        scales = scales.view(torch.uint8)
+    if scales.dtype not in _SCALE_NAMES:
+        raise ValueError(f"scales are {scales.dtype}; supported are fp32, bf16, fp16 and e8m0")
+    return scales, _SCALE_NAMES[scales.dtype]
+
+
+def _block(name: str, size: int, count: int, configured: int | None) -> int:
+    """How many of `size` rows or columns share each of `count` scales; 0: all."""
+    if configured is not None and -(-size // configured) == count:
+        return configured
+    if count == 1:
+        return 0
+    if size % count:
+        raise ValueError(f"{count} scales along {size} {name} belong to no whole blocks")
+    return size // count
+
+
+def _of_bytes(code: str, codes: torch.Tensor, scales: torch.Tensor, size: Any) -> CodedMatrix:
+    scales, scale = _scales(scales)
+    n, m = codes.shape
+    if scales.ndim < 2:
+        scales = scales.reshape(-1, 1)
+    if scales.ndim != 2:
+        raise ValueError(f"scales have the shape {tuple(scales.shape)} beside weights of {tuple(codes.shape)}")
+    rows = _block("rows", n, scales.shape[0], size[0] if size else None)
+    columns = _block("columns", m, scales.shape[1], size[1] if size else None)
+    return CodedMatrix(Coding(code, rows, columns, scale), codes, scales)
+
+
+def _fp8(tensors: Tensors, size: Any) -> CodedMatrix:
+    weight, scales = tensors["weight"], tensors["weight_scale_inv"]
+    if weight.dtype in (torch.int8, torch.uint8):  # e2m1, two to a byte
+        return _of_bytes("e2m1", _two_to_a_byte(weight.view(torch.uint8)), scales, None)
+    if weight.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"weights are {weight.dtype}, not e4m3")
+    return _of_bytes("e4m3", weight.view(torch.uint8), scales, size)
+
+
+def _two_to_a_byte(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def _mxfp4(tensors: Tensors) -> CodedMatrix:
+    blocks, scales = (next(t for name, t in tensors.items() if name.endswith(end)) for end in ("blocks", "scales"))
+    if blocks.dtype != torch.uint8 or blocks.shape[-1] != GROUP // 2 or blocks.shape[:-1] != scales.shape:
+        raise ValueError(f"blocks {blocks.dtype} {list(blocks.shape)} do not belong to scales {list(scales.shape)}")
+    scales, scale = _scales(scales)
+    return CodedMatrix(Coding("e2m1", 1, GROUP, scale), _two_to_a_byte(blocks).flatten(-2), scales)
+
+
+def _unpacked(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Codes uint8 that int32 numbers hold along a dimension, lowest bits first."""
+    if packed.dtype != torch.int32:
+        raise ValueError(f"packed weights are {packed.dtype}, not int32")
+    shifts = range(0, 32, bits)
+    parts = [((packed >> shift) & ((1 << bits) - 1)).to(torch.uint8) for shift in shifts]
+    return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
+
+
+def _int4(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    size: int | None,
+    order: torch.Tensor | None = None,
+) -> CodedMatrix:
+    """From codes [n, m], and [n, blocks] each; `order` is the block of each column, where it is stored."""
+    scales, scale = _scales(scales)
+    columns = _block("columns", codes.shape[1], scales.shape[1], size)
+    matrix = CodedMatrix(Coding("int4", 1, columns, scale, zeros is not None), codes, scales, zeros)
+    if order is None or order.is_meta or columns == 0:
+        return matrix
+    plain = torch.equal(order.long(), torch.arange(len(order), device=order.device) // columns)
+    return matrix if plain else replace(matrix, order=order.long())
+
+
+def _group_size(config: Mapping[str, Any]) -> int | None:
+    """Columns that share a scale, as configured; None: all of a row, or not said."""
+    size = int(config.get("group_size") or -1)
+    return size if size > 0 else None
+
+
+def _gptq_method(config: Mapping[str, Any]) -> Method:
+    if config.get("bits") != 4:
+        raise ValueError(f"the checkpoint has GPTQ weights of {config.get('bits')} bits; 4 are supported")
+    above = 0 if config.get("checkpoint_format") == "gptq_v2" else 1  # what zero points are stored less
+    ordered = bool(config.get("desc_act")) and config.get("group_size") != -1
+
+    def read(tensors: Tensors) -> CodedMatrix:
+        zeros = (_unpacked(tensors["qzeros"], 4, 1) + above).T
+        codes, scales = _unpacked(tensors["qweight"], 4, 0).T, tensors["scales"].T
+        matrix = _int4(codes, scales, zeros, _group_size(config), tensors.get("g_idx"))
+        if matrix.order is not None and not ordered:
+            raise ValueError("g_idx orders columns by activation, but the configuration has desc_act=false")
+        return matrix
+
+    reason = "its columns are grouped by activation order (desc_act)" if ordered else None
+    return Method("weight", ("qweight", "qzeros", "scales", "g_idx"), read, reason)
+
+
+def _awq_method(config: Mapping[str, Any]) -> Method:
+    if config.get("bits", config.get("w_bit")) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"the checkpoint has AWQ weights in {config.get('version')}; 4 bits in gemm are supported")
+
+    def in_order(packed: torch.Tensor) -> torch.Tensor:  # [rows, outputs]
+        return _unpacked(packed, 4, 1).unflatten(1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(1)
+
+    def read(tensors: Tensors) -> CodedMatrix:
+        codes, zeros = in_order(tensors["qweight"]).T, in_order(tensors["qzeros"]).T
+        return _int4(codes, tensors["scales"].T, zeros, _group_size(config))
+
+    return Method("weight", ("qweight", "qzeros", "scales"), read)
+
+
+def _compressed_method(config: Mapping[str, Any]) -> Method:
+    groups = list(config.get("config_groups", {}).values())
+    weights = [group.get("weights") or {} for group in groups]
+    kinds = {(w.get("type"), w.get("num_bits"), bool(w.get("symmetric", True))) for w in weights}
+    ordered = any(w.get("actorder") in ("group", True) for w in weights)
+    known = {("int", 4, True), ("int", 4, False), ("int", 8, True), ("float", 8, True)}
+    if len(kinds) != 1 or not kinds <= known:
+        found = ", ".join(f"{bits}-bit {type}" + "" if even else " with zero points" for type, bits, even in kinds)
+        raise ValueError(
+            f"the checkpoint has compressed-tensors weights in {found or 'no format'}; supported is one of int4, "
+            "symmetric int8 and float8"
+        )
+    bits = int(weights[0]["num_bits"])
+    block = weights[0].get("block_structure")
+
+    def read(tensors: Tensors) -> CodedMatrix:
+        scales = tensors["weight_scale"]
+        if (plain := tensors.get("weight")) is not None:
+            return _of_bytes({torch.int8: "int8"}.get(plain.dtype, "e4m3"), plain.view(torch.uint8), scales, block)
+        codes = _unpacked(tensors["weight_packed"], bits, 1)
+        if (shape := tensors.get("weight_shape")) is not None and not shape.is_meta:
+            codes = codes[: int(shape[0]), : int(shape[1])]
+        if bits == 8:
+            return _of_bytes("int8", codes ^ 128, scales, block)
+        points = tensors.get("weight_zero_point")
+        zeros = None if points is None else _unpacked(points, 4, 0)[: len(codes)]
+        order = tensors.get("weight_g_idx") if ordered else None
+        return _int4(codes, scales.reshape(len(codes), -1), zeros, _group_size(weights[0]), order)
+
+    packed = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+    plain = ("weight", "weight_scale", "weight_zero_point")
+    is_packed = config.get("format", "pack-quantized") == "pack-quantized"
+    reason = "its columns are grouped by activation order (actorder)" if ordered else None
+    return Method("weight", packed if is_packed else plain, read, reason)
