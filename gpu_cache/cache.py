@@ -13,6 +13,7 @@ import torch
 
 from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Device, Launch
+from moebius.gpu_cache.event_log import EventLog
 from moebius.gpu_cache.executor import make_executor
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.pool import Pool
@@ -179,6 +180,15 @@ class ExpertCache:
         """Tell the policy: one step used `experts` (int32 [A], distinct), `hit` (bool [A]) were resident before it."""
         pool, local = self._pool(layer)
         pool.policy.used(local, experts, hit)
+
+    def record(self) -> list[EventLog]:
+        """Empty the cache and record from here on what policies are told and decide, a log for each size of records.
+
+        Decisions repeat exactly if the policies have learned nothing so far. Recording lasts until `resize` or `close`.
+        """
+        for pool in self._open_pools():
+            pool.reset()
+        return [EventLog.record(pool) for pool in self._pools]
 
     def use(self, layer: int) -> np.ndarray:
         """Share of the layer's steps that used each expert, as the policy remembers, float64 [E].

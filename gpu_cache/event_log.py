@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,16 @@ class Event(NamedTuple):
 
 
 TRANSITIONS = ("reserve", "publish", "release", "pin", "unpin")
+NAMES = ("used", "place", *TRANSITIONS)
+
+
+class _Row(NamedTuple):
+    """An event in numbers: slot, layer and expert or reason; experts or slots, what stands beside each, and answers."""
+
+    scalars: list[int]
+    numbers: np.ndarray
+    beside: np.ndarray  # whether it was a hit, or the chance of its use; NaN for nothing
+    answers: np.ndarray
 
 
 class EventLog:
@@ -50,6 +60,34 @@ class EventLog:
         pool.policy = _RecordedPolicy(pool.policy, log)
         for name in TRANSITIONS:
             setattr(pool.table, name, log._watch(name, getattr(pool.table, name), pool.policy))
+        return log
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The log as arrays that `numpy.savez` takes, of N events and M numbers in them all."""
+        names = [NAMES.index(event.name) for event in self.events]
+        rows = [_row(event) for event in self.events]
+        nothing = np.empty(0)
+        return {
+            "shape": np.array([self.slots, *self.experts], np.int64),
+            "name": np.array(names, np.uint8),
+            "price": np.array([event.price for event in self.events]),
+            "scalars": np.array([row.scalars for row in rows], np.int64).reshape(-1, 3),
+            "offsets": np.cumsum([0, *(len(row.numbers) for row in rows)]).astype(np.int64),
+            "numbers": np.concatenate([*(row.numbers for row in rows), nothing]).astype(np.int32),
+            "beside": np.concatenate([*(row.beside for row in rows), nothing]),
+            "answers": np.concatenate([*(row.answers for row in rows), nothing]).astype(np.int32),
+        }
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> EventLog:
+        """The log that gave these `arrays`."""
+        slots, *experts = arrays["shape"].tolist()
+        log, offsets = cls(experts, slots), arrays["offsets"].tolist()
+        for number, kind in enumerate(arrays["name"].tolist()):
+            part = slice(offsets[number], offsets[number + 1])
+            vectors = (arrays[name][part] for name in ("numbers", "beside", "answers"))
+            row = _Row(arrays["scalars"][number].tolist(), *vectors)
+            log.events.append(_event(NAMES[kind], row, float(arrays["price"][number])))
         return log
 
     def repeat(self, policy: CachePolicy) -> list[np.ndarray]:
@@ -107,3 +145,31 @@ class _RecordedPolicy:
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.copy() if isinstance(value, np.ndarray) else value for value in arguments)
+
+
+def _row(event: Event) -> _Row:
+    nothing = np.empty(0)
+    if event.name == "used":
+        layer, experts, hit = event.arguments
+        return _Row([0, layer, 0], experts, hit, np.full(len(experts), -1))
+    if event.name == "place":
+        layer, experts, reason, chances = event.arguments
+        assert event.slots is not None
+        beside = np.full(len(experts), np.nan) if chances is None else chances
+        return _Row([0, layer, reason], experts, beside, event.slots)
+    if event.name in ("pin", "unpin"):
+        (slots,) = event.arguments
+        return _Row([0, 0, 0], slots, np.full(len(slots), np.nan), np.full(len(slots), -1))
+    return _Row([*map(int, event.arguments), 0, 0][:3], nothing, nothing, nothing)
+
+
+def _event(name: str, row: _Row, price: float) -> Event:
+    slot, layer, third = row.scalars
+    if name == "used":
+        return Event(name, (layer, row.numbers, row.beside.astype(bool)), price)
+    if name == "place":
+        chances = None if np.isnan(row.beside).any() else row.beside
+        return Event(name, (layer, row.numbers, Reason(third), chances), price, row.answers)
+    if name in ("pin", "unpin"):
+        return Event(name, (row.numbers,), price)
+    return Event(name, (slot, layer, third) if name == "reserve" else (slot,), price)

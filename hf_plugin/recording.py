@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import nn
+
+from moebius.gpu_cache.event_log import EventLog
 
 
 class Recorder:
@@ -91,3 +94,41 @@ def recording(model: nn.Module) -> Iterator[Recorder]:
         yield runtime.recorder
     finally:
         runtime.recorder = None
+
+
+def start_event_logs(model: nn.Module) -> list[EventLog]:
+    """Record from here on what each cache of a freshly patched model is told and decides; the caches start empty.
+
+    Raises:
+        ValueError: the model has no cache.
+    """
+    from moebius.hf_plugin.patching import runtimes
+    from moebius.hf_plugin.tiers import distinct
+
+    [runtime] = runtimes(model)
+    with runtime.lock:
+        logs = [log for tier in distinct(runtime.tiers) for log in tier.cache.record()]
+    if not logs:
+        raise ValueError("there is no cache whose events could be recorded; choose --device emulated, or a GPU")
+    return logs
+
+
+def save_event_logs(path: str | Path, logs: list[EventLog]) -> None:
+    """Write event logs, one for each pool of slots, as arrays ``<pool>.<name>``; see `EventLog.arrays`."""
+    arrays = {f"{number}.{name}": array for number, log in enumerate(logs) for name, array in log.arrays().items()}
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def read_event_logs(path: str | Path) -> list[EventLog]:
+    """What `save_event_logs` wrote.
+
+    Raises:
+        ValueError: the file is no such thing.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            pools = sum(name.endswith(".shape") for name in archive.files)
+            names = ("shape", "name", "price", "scalars", "offsets", "numbers", "beside", "answers")
+            return [EventLog.of_arrays({name: archive[f"{n}.{name}"] for name in names}) for n in range(pools)]
+    except (BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not an event log ({error}); record one with moebius trace --events") from error

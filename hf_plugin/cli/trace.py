@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moebius
 from moebius.hf_plugin.cli.console import hide_progress_of_libraries, out, progress_bar
 from moebius.hf_plugin.profile import Profile
-from moebius.hf_plugin.recording import recording
+from moebius.hf_plugin.recording import recording, save_event_logs, start_event_logs
 from moebius.hf_plugin.trace_file import read_trace
 
 
@@ -21,6 +21,7 @@ def trace(
     out_file: Annotated[Path, typer.Option("--out", help="The npz file to write.")],
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate from each prompt.")] = 256,
     device: Annotated[str, typer.Option(help="As in moebius.patch.")] = "auto",
+    events: Annotated[Path | None, typer.Option(help="Also write what the cache was told and decided.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Also write a profile, for moebius.patch's option.")] = None,
 ) -> None:
     """Generate from prompts greedily and record which experts every layer chose for every token."""
@@ -30,6 +31,7 @@ def trace(
     hide_progress_of_libraries()
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded: Any = moebius.patch(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), device=device)
+    logs = [] if events is None else start_event_logs(loaded)
     tokens = 0
     with progress_bar("trace") as update, recording(loaded) as recorder:
         for number, (group, text) in enumerate(texts):
@@ -38,6 +40,8 @@ def trace(
             loaded.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             tokens += recorder.end_sequence(group)
         recorder.save(out_file)
+    if events is not None:
+        save_event_logs(events, logs)
     if profile is not None:
         Profile.of_trace(read_trace(out_file)).save(profile)
     out.print(f"{tokens} tokens of {len(texts)} prompts: {out_file}", highlight=False)

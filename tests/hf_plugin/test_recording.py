@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import moebius
-from moebius.hf_plugin.recording import Recorder, recording
+from moebius.gpu_cache.policy import make_policy
+from moebius.hf_plugin.recording import Recorder, read_event_logs, recording, save_event_logs, start_event_logs
 from tests import zoo
 
 NEW = 6
@@ -64,3 +65,34 @@ def test_what_no_trace_can_hold_is_refused(tmp_path: Path) -> None:
         recorder.save(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="not patched"), recording(torch.nn.Linear(1, 1)):
         pass
+
+
+@pytest.mark.parametrize("policy", ["default", "lru"])
+def test_replay_repeats_what_live_execution_decided(policy: str, tmp_path: Path) -> None:
+    """Decisions that depend on anything but ids, prices, chances and the order of completion, all of them on file."""
+    model = zoo.build("qwen3_moe")
+    moebius.patch(model, device="emulated", gpu_memory=0.3, cache_policy=policy, emulated_link=0.05)
+    logs = start_event_logs(model)
+    generator = torch.Generator().manual_seed(0)
+    for length in [6, *[1] * 60]:
+        with torch.no_grad():
+            model(torch.randint(0, 50, (1, length), generator=generator))
+    save_event_logs(tmp_path / "events.npz", logs)
+    moebius.unpatch(model)
+    [log] = read_event_logs(tmp_path / "events.npz")
+    assert {event.name for event in log.events} >= {"used", "place", "reserve", "publish", "pin", "unpin"}
+    answers = log.repeat(make_policy(policy, log.experts))
+    assert sum(int((slots >= 0).sum()) for slots in answers) > log.slots
+    assert [slots.tolist() for slots in answers] == [slots.tolist() for slots in logs[0].placements]
+    other = log.repeat(make_policy("lfu", log.experts))
+    assert [slots.tolist() for slots in other] != [slots.tolist() for slots in answers]
+
+
+def test_event_logs_of_nothing(tmp_path: Path) -> None:
+    """A file of another kind, and a model without a cache."""
+    np.savez(tmp_path / "x.npz", **{"0.shape": np.zeros(2)})
+    with pytest.raises(ValueError, match="not an event log"):
+        read_event_logs(tmp_path / "x.npz")
+    model = moebius.patch(zoo.build("qwen3_moe"), device="cpu")
+    with pytest.raises(ValueError, match="no cache"):
+        start_event_logs(model)
