@@ -4,6 +4,9 @@ Whoever asked for the memory: attention, a growing KV cache, logits, or our own 
 time is right only if it finds the KV cache as the first time, so that `KvState` takes back what the first has appended.
 Where it cannot tell how (a static cache, the state of linear attention, a cache of the caller's own class), the error
 goes to the caller, and the next call finds the memory.
+
+What counts is `torch.OutOfMemoryError`, from any forward of the model. Not seen are allocations between two forwards,
+those of other models, and memory that libraries ask the driver for past torch's allocator.
 """
 
 from __future__ import annotations

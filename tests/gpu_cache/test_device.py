@@ -6,12 +6,14 @@ import logging
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from moebius.gpu_cache import accelerator as accelerator_module
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.device import default_device, open_device
 from moebius.gpu_cache.driver import Driver
@@ -273,6 +275,30 @@ def recorder(monkeypatch):
 
 def accelerator() -> AcceleratorDevice:
     return AcceleratorDevice(Driver(torch.device("cpu")))
+
+
+def test_an_accelerator_that_is_not_cuda(recorder, monkeypatch):
+    """Catches a question that only torch.cuda answers, where torch.accelerator and the device's own module do."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(Driver, "pinned", lambda self, nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.delattr(Recorder, "cudart")
+    recorder.mem_get_info = lambda device: (1000, 2000)
+    recorder.memory_reserved, recorder.memory_allocated = (lambda device: 300), (lambda device: 100)
+    device = open_device("xpu")
+    assert device.torch_device == torch.device("xpu", 1)
+    assert (device.name, device.free_memory()) == ("xpu:1", 1200)
+    assert not device.pin(records(1))
+    assert device.refusal == "torch registers no host memory for xpu"
+    device.close()
+
+
+def test_nothing_here_asks_torch_cuda():
+    """Catches an answer for CUDA alone in code that all accelerators run."""
+    folder = Path(accelerator_module.__file__).parent
+    named = {path.name for path in folder.glob("*.py") if "torch.cuda." in path.read_text()}
+    assert named == set()
 
 
 def test_copy_streams_wait_for_the_former_owner_of_the_pools_memory(recorder):
