@@ -77,10 +77,12 @@ def draw(points: list[Point], title: str, file: Path) -> None:
                 axes.plot([point.tokens for point in line], heights, label=f"{engine}, {format}", **style)
     for axes, label in zip(panels, ("GB/s of weights", "tokens/s of one layer"), strict=True):
         axes.set(xlabel="tokens in a call", ylabel=label, xscale="log")
+        axes.set_xticks(sorted({point.tokens for point in points}), labels=sorted({point.tokens for point in points}))
+        axes.xaxis.minorticks_off()
     panels[0].set(ylim=(0, None))
     panels[1].set(yscale="log")
     figure.suptitle(title)
-    figure.legend(loc="outside right center", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(file, dpi=150)
 
 
@@ -91,8 +93,8 @@ def main() -> None:
     arguments = parser.parse_args()
     documents = [json.loads(file.read_text()) for file in arguments.results]
     points: dict[tuple[str, str, int], Point] = {}
-    for document in documents:
-        points = {point[:3]: point for point in points_of(document)} | points
+    for point in (point for document in documents for point in points_of(document)):
+        points.setdefault(point[:3], point)
     first = documents[0]
     machine = first["processor"] if "processor" in first else first["cpu"]["model"]
     shape = first["shape"] if "shape" in first else first["settings"]["shape"]
