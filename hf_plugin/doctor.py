@@ -19,6 +19,7 @@ from moebius.gpu_cache.device import default_device
 from moebius.gpu_cache.driver import Driver
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import read_bandwidth
+from moebius.kernels.numba import isa
 from moebius.kernels.numba.jit import cache_folder
 
 OLDEST_TRANSFORMERS = "5.17"
@@ -35,11 +36,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Host memory in bytes, and the measured speed of reading it with `threads` threads (GB/s of 1e9 bytes)."""
+    """Host memory in bytes, and the measured speed of reading it with `threads` threads (GB/s of 1e9 bytes).
+
+    The speed is None where nothing can be compiled, see `isa.refusal`.
+    """
 
     total_bytes: int
     available_bytes: int
-    read_gbytes_per_s: float
+    read_gbytes_per_s: float | None
     threads: int
 
 
@@ -128,7 +132,8 @@ def measure_memory(cpu: machine.Cpu) -> Memory:
     """Host memory and the speed of reading it from all physical cores that this process may use."""
     threads = min(cpu.physical_cores, cpu.usable_cores)
     host = psutil.virtual_memory()
-    return Memory(host.total, host.available, round(read_bandwidth(threads, cpu.last_level_bytes), 2), threads)
+    speed = None if isa.refusal() else round(read_bandwidth(threads, cpu.last_level_bytes), 2)
+    return Memory(host.total, host.available, speed, threads)
 
 
 def find_gpus() -> list[Gpu]:
@@ -207,19 +212,24 @@ def make_plan(
     cache: KernelCache,
 ) -> list[Component]:
     """What each part will use with default options, and why."""
-    threads = min(cpu.physical_cores, cpu.usable_cores)
     return [
         _plan_transformers(transformers),
-        Component(
-            "experts on the CPU",
-            f"Numba, {threads} threads",
-            False,
-            f"one thread for each physical core that this process may use; compiled for {machine.compiled_isa()}",
-        ),
+        _plan_cpu_experts(min(cpu.physical_cores, cpu.usable_cores)),
         Component("compiled CPU kernels", cache.folder or "memory", not cache.writable, cache.reason),
         _plan_gpu_cache(gpus, triton),
         _plan_uploads(gpus, pinned),
     ]
+
+
+def _plan_cpu_experts(threads: int) -> Component:
+    name, reason = "experts on the CPU", isa.refusal()
+    if reason is not None:
+        return Component(name, "nothing: patch raises", True, reason)
+    reason = (
+        f"one thread for each physical core that this process may use; compiled for {machine.compiled_isa()}, and "
+        f"MOEBIUS_ISA may name {', '.join(isa.levels())}"
+    )
+    return Component(name, f"Numba, {threads} threads", False, reason)
 
 
 def _plan_transformers(transformers: Finding) -> Component:

@@ -24,6 +24,7 @@ from moebius.hf_plugin.reserve import reserve_for
 from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
+from moebius.kernels.numba.isa import check_choice
 from moebius.predictors.routing import PREDICTORS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -156,6 +157,7 @@ def _patched_layers(model: nn.Module) -> list[PatchedLayer]:
 
 def make_options(options: dict[str, Any]) -> Options:
     """Options from keyword arguments, all checked, with the device resolved."""
+    check_choice()
     known = [field.name for field in fields(Options)]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")

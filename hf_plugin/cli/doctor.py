@@ -43,6 +43,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         f"{g.device}: {g.name} {g.capability} ({g.free_bytes / GIB:.1f} of {g.total_bytes / GIB:.1f} GiB free)"
         for g in report.gpus
     )
+    speed = memory.read_gbytes_per_s
     return [
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version)),
         ("processor", cpu.model),
@@ -50,7 +51,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("instructions", ", ".join(cpu.instruction_sets) or "unknown"),
         ("caches", caches or "unknown"),
         ("memory", f"{memory.available_bytes / GIB:.1f} of {memory.total_bytes / GIB:.1f} GiB available"),
-        ("memory read", f"{memory.read_gbytes_per_s:.1f} GB/s with {memory.threads} threads (measured)"),
+        ("memory read", f"{speed:.1f} GB/s with {memory.threads} threads (measured)" if speed else "not measured"),
         ("GPU", gpus or "none"),
         ("Triton", _say(report.triton)),
         ("pinned memory", _say(report.pinned_memory)),

@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 # Contraction into fma and no signed zeros, but never "no NaN" or "no infinity": those must behave as in torch. Sums
 # are not reassociated either: the order of a sum is written in the kernels and is the same on every thread.
 FASTMATH = {"contract", "nsz"}
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
 
 # Folders of compiled code that are kept, some megabytes each, however long nobody used them; and seconds in which a
 # folder counts as used, so that processes of several versions can compile at once.
 _KEPT, _RECENT_S = 8, 24 * 3600
 _REMOVED = "removed-"
 
-isa.apply_choice()  # before the first decorator: it fixes the processor that Numba compiles for
+isa.take_choice()  # before the first decorator: it fixes the processor that Numba compiles for
 _compiling = threading.RLock()
 _config: Any = numba.core.config
 
 intrinsic: Any = numba.extending.intrinsic  # Numba passes the typing context, which type checkers do not know
-helper: Any = numba.njit(**_OPTIONS)  # without a signature: compiled as a part of the entries that call it
-inner: Any = numba.njit(forceinline=True, **_OPTIONS)  # in its caller, so that vectors stay in registers
+helper: Any = numba.njit(**OPTIONS)  # without a signature: compiled as a part of the entries that call it
+inner: Any = numba.njit(forceinline=True, **OPTIONS)  # in its caller, so that vectors stay in registers
 
 
 class Entry:
@@ -68,14 +68,15 @@ class Entry:
             return self.__dict__.get("compiled") or self._compile()
 
     def _compile(self) -> Any:
+        isa.check_choice()
         folder, previous = cache_folder(), _config.CACHE_DIR
         if folder is not None:
             _config.CACHE_DIR = str(folder / f"{self.function.__module__}.{self.function.__qualname__}")
         try:
             if self.callback:
-                options = {key: value for key, value in _OPTIONS.items() if key != "nogil"}
+                options = {key: value for key, value in OPTIONS.items() if key != "nogil"}
                 return numba.cfunc(self.signature, cache=folder is not None, **options)(self.function)
-            return numba.njit(self.signature, cache=folder is not None, **_OPTIONS)(self.function)
+            return numba.njit(self.signature, cache=folder is not None, **OPTIONS)(self.function)
         finally:
             _config.CACHE_DIR = previous
 
@@ -126,7 +127,7 @@ def source_key() -> str:
     for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     codegen = cpu_target.target_context.codegen()
-    facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__)
+    facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__, isa.has_tiles())
     digest.update(repr((facts, codegen.magic_tuple())).encode())
     return digest.hexdigest()[:20]
 
