@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,24 +33,31 @@ class EventCompletion(Completion):
 
 
 class StreamTransfer(EventCompletion, Transfer):
-    """A copy between two events of its stream."""
+    """Work between two events of its stream."""
 
-    def __init__(self, begin: Any, end: Any) -> None:
+    def __init__(self, begin: Any, end: Any, record: Callable[[], Any]) -> None:
         super().__init__(end)
-        self._begin = begin
+        self._begin, self._record = begin, record
 
     def elapsed_us(self) -> float:
         return self._begin.elapsed_time(self.event) * 1e3
+
+    def span(self) -> tuple[float, float] | None:
+        if not self.done():
+            return None
+        present = self._record()  # events know only how far apart they are
+        present.synchronize()
+        now = perf_counter()
+        return now - self._begin.elapsed_time(present) / 1e3, now - self.event.elapsed_time(present) / 1e3
 
 
 class StreamLaunch(Launch):
     """A result that becomes valid on its stream; other streams wait for the event, the host for nothing."""
 
     def __init__(
-        self, begin: Any, end: Any, output: torch.Tensor, stream: Any, current_stream: Callable[[], Any]
+        self, completion: StreamTransfer, output: torch.Tensor, stream: Any, current_stream: Callable[[], Any]
     ) -> None:
-        self.completion: EventCompletion = EventCompletion(end)
-        self._begin = begin
+        self.completion: StreamTransfer = completion
         self._output, self._stream, self._current_stream = output, stream, current_stream
 
     def result(self) -> torch.Tensor:
@@ -57,9 +66,6 @@ class StreamLaunch(Launch):
             current.wait_event(self.completion.event)
             self._output.record_stream(current)
         return self._output
-
-    def elapsed_ms(self) -> float | None:
-        return self._begin.elapsed_time(self.completion.event) if self.completion.done() else None
 
 
 class AcceleratorDevice(Device):
@@ -102,7 +108,7 @@ class AcceleratorDevice(Device):
                 stream.wait_event(after.event)
             begin = self._record(stream)
             self._driver.copy(target, source)
-            return StreamTransfer(begin, self._record(stream))
+            return StreamTransfer(begin, self._record(stream), partial(self._record, stream))
 
     def finish_copies(self) -> None:
         self._staging.finish()
@@ -117,7 +123,8 @@ class AcceleratorDevice(Device):
                 stream.wait_event(upload.event)
             begin = self._record(stream)
             output = work()
-            return StreamLaunch(begin, self._record(stream), output, stream, self._driver.current_stream)
+            completion = StreamTransfer(begin, self._record(stream), partial(self._record, stream))
+            return StreamLaunch(completion, output, stream, self._driver.current_stream)
 
     def pin(self, host: torch.Tensor) -> bool:
         address = host.untyped_storage().data_ptr()

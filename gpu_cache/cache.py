@@ -16,7 +16,7 @@ from moebius.gpu_cache.device import Device, Launch
 from moebius.gpu_cache.event_log import EventLog
 from moebius.gpu_cache.executor import make_executor
 from moebius.gpu_cache.policy import Reason, make_policy
-from moebius.gpu_cache.pool import Pool
+from moebius.gpu_cache.pool import Pool, Watch
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
 
@@ -155,15 +155,14 @@ class ExpertCache:
         return not pool.arrivals(slots)
 
     def release(self, layer: int, slots: np.ndarray) -> None:
-        """Give up slots that one `fetch` of this step returned (int32 [n], without -1), once their launch has begun.
+        """Give up slots of this step (int32 [n], distinct, from `lookup` or `fetch`), once their launch has begun.
 
         They may be displaced from now on, by copies that begin when the launch has ended.
         """
         pool, _ = self._pool(layer)
-        pinned = self._pinned[layer]
-        mine = next(i for i, others in enumerate(pinned) if np.array_equal(others, slots))
         pool.sound = False
-        pool.table.unpin(pinned.pop(mine))
+        self._pinned[layer] = [others[~np.isin(others, slots)] for others in self._pinned[layer]]
+        pool.table.unpin(slots)
         pool.sound = True
 
     def finish(self, layer: int) -> None:
@@ -294,6 +293,11 @@ class ExpertCache:
     def price(self, value: float) -> None:
         for policy in self._policies:
             policy.price = value
+
+    def watch(self, watch: Watch | None) -> None:
+        """Have each copy reported that begins from now on, until None is given or the budget changes."""
+        for pool in self._pools:
+            pool.watch = watch
 
     @property
     def layers(self) -> list[int]:

@@ -25,18 +25,29 @@ class Completion(ABC):
         """Why it failed, once it is done."""
 
 
-class Transfer(Completion):
-    """A copy under way."""
+class Timed(Completion):
+    """Something under way on a device whose times are known afterwards."""
 
     @abstractmethod
     def elapsed_us(self) -> float:
-        """Microseconds that the copy took, without its wait for its turn, once it has ended without an error."""
+        """Microseconds that it took, without its wait for its turn, once it has ended without an error."""
+
+    @abstractmethod
+    def span(self) -> tuple[float, float] | None:
+        """When it began, without its wait for its turn, and ended, in seconds of `perf_counter`; None unless it has.
+
+        May take as long as a few calls of the driver: meant for a look back at what ran.
+        """
+
+
+class Transfer(Timed):
+    """A copy under way."""
 
 
 class Launch(ABC):
     """A computation under way. Its `completion` may outlive it without holding the result."""
 
-    completion: Completion
+    completion: Timed
 
     @abstractmethod
     def result(self) -> torch.Tensor:
@@ -45,10 +56,6 @@ class Launch(ABC):
         Raises:
             Exception: whatever the computation raised.
         """
-
-    @abstractmethod
-    def elapsed_ms(self) -> float | None:
-        """Milliseconds that the computation took on the device, without its wait for copies; None until it is done."""
 
 
 class Device(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,10 @@ FLYING_BYTES = 16 << 20
 FLYING_COPIES = 2
 # Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
+
+
+# Told of each copy that begins: layer (the cache's number), expert, why, and the copy.
+Watch = Callable[[int, int, Reason, Transfer], None]
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class Pool:
         self.memory: torch.Tensor = device.allocate(slots, self.nbytes)
         self.sound = True  # false within a change of several parts, and after one that was interrupted; see `reset`
         self.copy_times: list[float] = []  # microseconds, of the copies that completed since somebody took them
+        self.watch: Watch | None = None
         self._waiting: dict[int, Wish] = {}  # by key of the table, in order
         self._uploads: dict[int, Upload] = {}  # by slot
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
@@ -231,6 +236,8 @@ class Pool:
             self.sound = True
             raise
         self._uploads[slot] = Upload(layer, expert, completion)
+        if self.watch is not None:
+            self.watch(self._layers[layer], expert, reason, completion)
         self._unproven[slot] = reason is Reason.PREFETCH
         self._count_upload(self._layers[layer], reason)
         self.sound = True

@@ -50,6 +50,10 @@ class StagedTransfer(Transfer):
         """The slower half: the next record fills a buffer while this one is sent."""
         return max(self._filled.elapsed_us(), self._sent[0].elapsed_us())
 
+    def span(self) -> tuple[float, float] | None:
+        """That of the half which is on the link."""
+        return self._sent[0].span() if self.done() and self.error is None else None
+
 
 class Staging:
     """A ring of pinned buffers and the thread that fills them.

@@ -18,15 +18,19 @@ class Signal(Transfer):
     def __init__(self) -> None:
         self._ended = threading.Event()
         self._error: BaseException | None = None
-        self._seconds = 0.0
+        self._span: tuple[float, float] | None = None
         self.ended_at = 0.0  # `monotonic`, once it is done
 
-    def set(self, error: BaseException | None = None, seconds: float = 0.0) -> None:
-        self._error, self._seconds, self.ended_at = error, seconds, monotonic()
+    def set(self, error: BaseException | None = None, span: tuple[float, float] | None = None) -> None:
+        self._error, self._span, self.ended_at = error, span, monotonic()
         self._ended.set()
 
     def elapsed_us(self) -> float:
-        return self._seconds * 1e6
+        begun, ended = self._span or (0.0, 0.0)
+        return (ended - begun) * 1e6
+
+    def span(self) -> tuple[float, float] | None:
+        return self._span
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -51,17 +55,17 @@ class Job(Launch):
     def run(self) -> None:
         assert self._work is not None
         error: BaseException | None = None
-        seconds = 0.0
+        span: tuple[float, float] | None = None
         try:
             for earlier in self._after:
                 earlier.wait()
             begun = perf_counter()
             self._output = self._work()
-            seconds = perf_counter() - begun
+            span = begun, perf_counter()
         except BaseException as raised:  # noqa: BLE001 (kept for whoever waits)
             error = raised
         self._work, self._after = None, ()  # the tensors they hold
-        self.completion.set(error, seconds)
+        self.completion.set(error, span)
 
     def result(self) -> torch.Tensor:
         self.completion.wait()
@@ -69,9 +73,6 @@ class Job(Launch):
             raise self.completion.error
         assert self._output is not None
         return self._output
-
-    def elapsed_ms(self) -> float | None:
-        return self.completion.elapsed_us() / 1e3 if self.completion.done() else None
 
 
 class _Queue:

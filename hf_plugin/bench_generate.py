@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import moebius
 from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
+from moebius.hf_plugin.overlap import Overlap, traced
+from moebius.hf_plugin.timeline import Slice, write_trace
 from moebius.kernels.formats import FLOATS, FORMATS
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -65,6 +67,7 @@ class Row:
     hits: int | None
     misses: int | None
     uploads: int | None
+    overlap: Overlap | None
 
 
 @dataclass(slots=True)
@@ -75,6 +78,8 @@ class _Runs:
     rss: int = 0
     gpu: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)
+    overlap: Overlap | None = None
 
 
 def run(
@@ -85,6 +90,7 @@ def run(
     rounds: int,
     options: dict[str, Any],
     progress: Callable[[str, float], None] = lambda _step, _done: None,
+    trace: Path | None = None,
 ) -> list[Row]:
     """Measure the variants in turn.
 
@@ -95,6 +101,7 @@ def run(
         new_tokens: tokens after the prompt, at least 2.
         options: of `moebius.patch`, for every patched variant; `expert_format` for those that name none.
         progress: called with a step's name and the fraction done of the whole.
+        trace: file for a Chrome trace of one more generation of each patched variant, for which `overlap` stands too.
 
     Raises:
         ValueError: an unknown variant or format, or too few tokens or rounds.
@@ -108,6 +115,10 @@ def run(
             progress(f"round {turn + 1} of {rounds}, {name}", (turn * len(variants) + i) / (rounds * len(variants)))
             with _variant(model, name, options):
                 _one_round(model, prompt, new_tokens, runs[name])
+                if trace is not None and turn == rounds - 1 and moebius.is_patched(model):
+                    runs[name].slices, runs[name].overlap = traced(model, prompt, new_tokens)
+    if trace is not None:
+        write_trace(trace, {name: done.slices for name, done in runs.items() if done.slices})
     return [_row(name, _format_of(name, model, options), model, prompt, expected, runs[name]) for name in variants]
 
 
@@ -192,6 +203,7 @@ def _row(name: str, format: str, model: PreTrainedModel, prompt: torch.Tensor, e
         hits=runs.counts.get("hits"),
         misses=runs.counts.get("misses"),
         uploads=runs.counts.get("uploads"),
+        overlap=runs.overlap,
     )
 
 

@@ -116,7 +116,7 @@ def _curve(deadline: float, run: Callable[[np.ndarray, int], float], experts: np
     """An expert's cost by tokens: two points at least, and more until the deadline."""
     single, together = (_repeat(deadline, partial(run, some, 1)) for some in (experts[:1], experts))
     start = max(len(experts) * single - together, 0.0) / max(len(experts) - 1, 1)
-    start = min(start, 0.9 * single)  # noise
+    start = min(start, single / 2)  # experts so small that the difference is noise
     found = [(together - start) / len(experts)]
     for tokens in TOKENS[1:]:
         if len(found) > 1 and perf_counter() > deadline:

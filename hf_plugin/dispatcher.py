@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.device import Timed
 from moebius.hf_plugin.streaming import DeviceShare, Launched
+from moebius.hf_plugin.timeline import CPU, DEVICE, LAYERS
 from moebius.kernels.routes import Routes, build_routes, select
 from moebius.predictors.costs import CostModel
 
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
 
 
+class Ran(NamedTuple):
+    """What is left of a launch whose time is not counted yet: not its result."""
+
+    completion: Timed
+    tokens: np.ndarray  # of each of its experts, int32 [A]
+
+
 @dataclass(slots=True)
 class Tier:
     """One device's share of a model: its cache, where that is, and what experts cost there and on the CPU."""
@@ -28,7 +37,7 @@ class Tier:
     cache: ExpertCache
     device: torch.device
     costs: CostModel
-    launches: dict[int, list[Launched]] = field(default_factory=dict)  # of each layer, until their time is counted
+    launches: dict[int, list[Ran]] = field(default_factory=dict)  # of each layer, until their time is counted
     shrunk: int = 0  # how often, since the device had no memory for others
 
     def observe_copies(self) -> None:
@@ -70,6 +79,7 @@ def run_layer(
     Raises:
         ValueError: ids outside -1..E.
     """
+    begun = perf_counter()
     tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
     question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
     host_x, host_ids, host_weights = to_host(x, ids, weights)
@@ -79,16 +89,22 @@ def run_layer(
         runtime.recorder.record(layer.index, host_ids, host_weights)
     counters = runtime.counters[layer.index]
     counters.tokens += layer.tokens(len(x))
-    out = torch.zeros(host_x.shape, dtype=torch.float32)
-    if tier is None:
-        counters.misses += len(routes.tokens)
-        layer.gate.settle(x, ids)
-        if question is not None:
-            _foresee(runtime, question, layer.index, host_ids)
-        _on_cpu(runtime, layer, step, np.ones(len(routes.experts), bool), out)
-        return out.to(x.device, x.dtype)
+    hits, misses = counters.hits, counters.misses
     layer.gate.settle(x, ids)
-    return _on_both(runtime, tier, layer, step, out)
+    result = _on_cpu_alone(runtime, layer, step) if tier is None else _on_both(runtime, tier, layer, step)
+    if runtime.timeline is not None:
+        facts = {"hits": counters.hits - hits, "misses": counters.misses - misses, "tokens": len(x)}
+        runtime.timeline.add(LAYERS, layer.name, begun, perf_counter(), layer=layer.index, **facts)
+    return result
+
+
+def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> torch.Tensor:
+    runtime.counters[layer.index].misses += len(step.routes.tokens)
+    if step.question is not None:
+        _foresee(runtime, step.question, layer.index, step.ids)
+    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
+    _on_cpu(runtime, layer, step, np.ones(len(step.routes.experts), bool), out)
+    return out.to(step.x.device, step.x.dtype)
 
 
 def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
@@ -104,7 +120,8 @@ def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[
     return host_x, host_ids.numpy(), host_weights.numpy()
 
 
-def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, out: torch.Tensor) -> torch.Tensor:
+def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step) -> torch.Tensor:
+    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
     index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
     try:
         slots = cache.lookup(index, routes.experts)
@@ -172,6 +189,9 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.nda
     runtime.on_cpu(layer, step.host_x, routes, out)
     took = perf_counter() - begun
     runtime.counters[layer.index].cpu_ms += took * 1e3
+    if runtime.timeline is not None:
+        facts = {"layer": layer.index, "experts": len(routes.experts), "pairs": len(routes.tokens)}
+        runtime.timeline.add(CPU, layer.name, begun, begun + took, **facts)
     return took
 
 
@@ -182,9 +202,15 @@ def _merge(
         return out.to(x.device, x.dtype)
     begun = perf_counter()
     on_device = launched[-1].launch.result()
-    runtime.counters[index].wait_ms += (perf_counter() - begun) * 1e3
+    waited = perf_counter() - begun
+    runtime.counters[index].wait_ms += waited * 1e3
+    if runtime.timeline is not None:
+        runtime.timeline.add(LAYERS, "wait", begun, begun + waited, layer=index)
+        for launch, tokens in launched:
+            facts = {"layer": index, "experts": len(tokens), "pairs": int(tokens.sum())}
+            runtime.timeline.watch(DEVICE, f"layer {index}", launch.completion, **facts)
     runtime.count_launches(index)
-    tier.launches.setdefault(index, []).extend(launched)
+    tier.launches.setdefault(index, []).extend(Ran(one.launch.completion, one.tokens) for one in launched)
     return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
 
 

@@ -18,11 +18,31 @@ TIE_MARGIN = 1e-4  # where stock's two best logits are closer than this, roundin
 
 @dataclass(slots=True)
 class Generation:
-    """New tokens of one sequence; seconds to the first one and from each to the next (P - 1 steps for P tokens)."""
+    """New tokens of one sequence, and when each was there, in seconds of `perf_counter`.
+
+    Args:
+        begun: when `generate` was called.
+        arrivals: when each token was there.
+    """
 
     tokens: list[int]
-    first_token_s: float
-    step_s: list[float]
+    begun: float
+    arrivals: list[float]
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds to the first token."""
+        return self.arrivals[0] - self.begun
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """Beginning and end of each step after the first token, P - 1 for P tokens."""
+        return list(pairwise(self.arrivals))
+
+    @property
+    def step_s(self) -> list[float]:
+        """Seconds of each step after the first token."""
+        return [end - begin for begin, end in self.steps]
 
     @property
     def decode_tok_s(self) -> float:
@@ -78,9 +98,7 @@ def generate_greedily(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: 
         pad_token_id=0,
         streamer=clock,
     )
-    arrivals = clock.times[1:]
-    steps = [later - earlier for earlier, later in pairwise(arrivals)]
-    return Generation(output[0, prompt.shape[1] :].tolist(), arrivals[0] - start, steps)
+    return Generation(output[0, prompt.shape[1] :].tolist(), start, clock.times[1:])
 
 
 def compare_with_stock(

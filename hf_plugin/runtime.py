@@ -28,6 +28,7 @@ from moebius.hf_plugin.recording import Recorder
 from moebius.hf_plugin.reserve import Reserve
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
 from moebius.hf_plugin.tiers import budget, distinct, fitting, open_tiers, shrink
+from moebius.hf_plugin.timeline import Timeline
 from moebius.kernels.routes import Routes
 from moebius.predictors.routing import PREDICTORS, Gate
 
@@ -63,6 +64,7 @@ class ModelRuntime:
         self.tiers: dict[int, Tier] = {}  # of each layer; layers on one device share one
         self.host: HostTier | None = self._open_host()
         self.recorder: Recorder | None = None
+        self.timeline: Timeline | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
         self._stale = self.options.device != "cpu"  # whether the cache must be opened before it is used
         self.lookahead: Lookahead | None = self._lookahead()
@@ -304,15 +306,14 @@ class ModelRuntime:
         tier = self.tiers.get(index)
         if tier is None or index not in tier.launches:
             return
-        under_way = []
-        for launched in tier.launches.pop(index):
-            if (took := launched.launch.elapsed_ms()) is None:
-                under_way.append(launched)
-            else:
-                self.counters[index].gpu_ms += took
-                tier.observe_launch(launched.tokens, took * 1e3)
+        launches = tier.launches.pop(index)
+        under_way = [ran for ran in launches if not ran.completion.done()]
         if under_way:
             tier.launches[index] = under_way
+        for ran in launches[: len(launches) - len(under_way)]:  # they end in order
+            took_us = ran.completion.elapsed_us()
+            self.counters[index].gpu_ms += took_us / 1e3
+            tier.observe_launch(ran.tokens, took_us)
 
 
 _runtimes: WeakSet[ModelRuntime] = WeakSet()

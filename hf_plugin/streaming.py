@@ -20,7 +20,7 @@ WINDOW = 3
 
 
 class Launched(NamedTuple):
-    """A launch whose time is not counted yet."""
+    """A launch and what it computes."""
 
     launch: Launch
     tokens: np.ndarray  # of each of its experts, int32 [A]

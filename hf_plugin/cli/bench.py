@@ -41,6 +41,15 @@ GENERATE_COLUMNS = {
     "peak_gpu_bytes": "GPU MB",
     "same_tokens": "same text",
 }
+OVERLAP_COLUMNS = {
+    "variant": "variant",
+    "step_ms": "step ms",
+    "empty_ms": "without experts",
+    "cpu_ms": "CPU",
+    "device_ms": "device",
+    "link_ms": "link",
+    "over_bound": "over bound",
+}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the rows as one JSON document.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write rows, settings and machine to this JSON file.")]
@@ -83,6 +92,7 @@ def generate(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     gpu_memory: Annotated[str, typer.Option(help='Cache budget: bytes, "8GiB", "25%", a fraction, or auto.')] = "25%",
     dtype: Annotated[str, typer.Option(help="Dtype to load with; auto is the checkpoint's own.")] = "auto",
+    trace: Annotated[Path | None, typer.Option(help="Write what ran where and when, for ui.perfetto.dev.")] = None,
     as_json: Json = False,
     out_file: Out = None,
 ) -> None:
@@ -96,7 +106,7 @@ def generate(
     prompt = bench_generate.make_prompt(path, loaded, prompt_tokens)
     with progress_bar("generate") as update:
         options = {"gpu_memory": _memory(gpu_memory), "expert_format": expert_format}
-        rows = bench_generate.run(loaded, prompt, names, new_tokens, rounds, options, progress=update)
+        rows = bench_generate.run(loaded, prompt, names, new_tokens, rounds, options, update, trace)
     settings = {
         "model": Path(path).name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -108,6 +118,11 @@ def generate(
     }
     title = f"{settings['model']}, {settings['dtype']}: {prompt_tokens} + {new_tokens} tokens, {rounds} rounds"
     _report(title, [asdict(row) for row in rows], GENERATE_COLUMNS, as_json, out_file, settings)
+    if trace is not None:
+        err.print(f"wrote {trace}; open it in https://ui.perfetto.dev")
+        if not as_json:
+            overlaps = [{"variant": row.variant} | asdict(row.overlap) for row in rows if row.overlap is not None]
+            out.print(_table("Decode steps, and what their parts were busy for", overlaps, OVERLAP_COLUMNS))
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
+from moebius.gpu_cache.device import Completion, Device, Launch, Timed, Transfer
 
 
 class CopyError(Exception):
@@ -40,6 +40,9 @@ class FakeCopy(Transfer):
     def done(self) -> bool:
         return self._done
 
+    def span(self) -> tuple[float, float] | None:
+        return (0.0, self.took_us / 1e6) if self._done and self._error is None else None
+
     def wait(self) -> None:
         if self._after is not None:
             self._after.wait()
@@ -51,7 +54,7 @@ class FakeCopy(Transfer):
         return self._error
 
 
-class FakeComputation(Completion):
+class FakeComputation(Timed):
     def __init__(
         self, work: Callable[[], torch.Tensor], after: Sequence[Completion], before: FakeComputation | None
     ) -> None:
@@ -78,6 +81,12 @@ class FakeComputation(Completion):
     def done(self) -> bool:
         return self.output is not None or self._error is not None
 
+    def elapsed_us(self) -> float:
+        return 0.0
+
+    def span(self) -> tuple[float, float] | None:
+        return None if self.output is None else (0.0, 0.0)
+
     def wait(self) -> None:
         if self._before is not None:
             self._before.wait()
@@ -101,9 +110,6 @@ class FakeLaunch(Launch):
             raise self.completion.error
         assert self.completion.output is not None
         return self.completion.output
-
-    def elapsed_ms(self) -> float | None:
-        return 0.0 if self.completion.done() else None
 
 
 class FakeDevice(Device):

@@ -46,6 +46,21 @@ def test_pinned_memory_needs_no_buffers() -> None:
     assert driver.registered == set()
 
 
+@pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
+def test_spans_are_on_the_host_clock(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the sign, the unit, or the wrong end of what events say of their distance to the present."""
+    device, _ = open_device(refuses=refuses)
+    host = records(1)
+    device.pin(host)
+    copy = device.copy(device.allocate(1, 64)[0], host[0], None, urgent=False)
+    device.finish_copies()
+    monkeypatch.setattr("moebius.gpu_cache.accelerator.perf_counter", lambda: 50.0)
+    distances = iter([30.0, 10.0])  # milliseconds from the beginning and from the end to now
+    monkeypatch.setattr("tests.gpu_cache.fake_driver.FakeEvent.elapsed_time", lambda *_: next(distances))
+    assert copy.span() == pytest.approx((50.0 - 0.030, 50.0 - 0.010))
+    device.close()
+
+
 def test_refused_pages_go_through_a_ring() -> None:
     """Catches a buffer that is filled again before its former record has been sent."""
     device, driver = open_device(refuses=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,23 @@ def test_generate_measures_variants_in_turn(
     assert [row.hits is None for row in rows] == [True, False, False]
     assert rows[1].hits == 0
     assert rows[2].hits
+
+
+def test_generate_writes_a_trace_of_the_patched_variants(
+    tiny_moe: PreTrainedModel, prompt: torch.Tensor, tmp_path: Path
+) -> None:
+    """A trace of stock, which has no experts to show; an overlap without its steps; rows that JSON cannot hold."""
+    file, options = tmp_path / "trace.json", {"gpu_memory": 0.25, "cpu_threads": 1}
+    rows = bench_generate.run(tiny_moe, prompt, ["stock", "cpu", "emulated"], 4, 1, options, trace=file)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["cpu", "emulated"]
+    assert sum(e.get("cat") == "steps" for e in events) == 2 * 3
+    assert rows[0].overlap is None
+    for row in rows[1:]:
+        assert row.overlap.step_ms > 0 < row.overlap.empty_ms
+        assert row.overlap.cpu_ms > 0
+    assert rows[1].overlap.device_ms == 0 < rows[2].overlap.device_ms
+    json.dumps([asdict(row) for row in rows], allow_nan=False)
 
 
 def test_generate_measures_expert_formats_beside_stock(

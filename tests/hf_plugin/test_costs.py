@@ -10,8 +10,7 @@ import torch
 
 import moebius
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.hf_plugin.dispatcher import Tier
-from moebius.hf_plugin.streaming import Launched
+from moebius.hf_plugin.dispatcher import Ran, Tier
 from moebius.predictors.costs import CostModel, ExpertCost
 from tests import zoo
 from tests.gpu_cache.fake_device import FakeDevice
@@ -54,12 +53,15 @@ def test_a_slower_link_changes_the_split():
     assert not tier.costs.split(tokens, hit)[1:].any()
 
 
-class EndedLaunch:
-    def __init__(self, took_ms: float | None) -> None:
-        self.took_ms = took_ms
+class Finished:
+    def __init__(self, took_us: float | None) -> None:
+        self.took_us = took_us
 
-    def elapsed_ms(self) -> float | None:
-        return self.took_ms
+    def done(self) -> bool:
+        return self.took_us is not None
+
+    def elapsed_us(self) -> float | None:
+        return self.took_us
 
 
 def _runtime(model: Any) -> Any:
@@ -76,7 +78,7 @@ def test_launch_times_refine_the_gpu_cost():
         tier, tokens = runtime.tiers[0], np.array([2, 1])
         tier.device, tier.costs.gpu = torch.device("cuda"), ExpertCost.line(11.0, 1.0)
         for _ in range(100):
-            tier.launches[0] = [Launched(EndedLaunch(0.230), tokens), Launched(EndedLaunch(None), tokens)]
+            tier.launches[0] = [Ran(Finished(230.0), tokens), Ran(Finished(None), tokens)]
             before = runtime.counters[0].gpu_ms
             runtime.count_launches(0)
             assert runtime.counters[0].gpu_ms - before == pytest.approx(0.230)
