@@ -252,25 +252,43 @@ def _coarse1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-de
 
 @helper
 def _fine1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-def]
-    """One row times one vector, a scale for each few groups."""
-    a, b, per_block, whole = zeros(), zeros(), scales[4] // GROUP, n - n % (2 * GROUP)
-    size = group_bytes(element)
-    for k in range(0, whole, 2 * GROUP):
-        group = k // GROUP
-        w, y, block, after = codes + group * size, x + 4 * k, group // per_block, (group + 1) // per_block
-        prefetch(ahead + group * size)
-        u, v = _numbers(w, _zero_at(scales[1], scales[2] + block), element)
-        p = fma(v, load(y + _LINE, _F32), mul(u, load(y, _F32)))
-        a = fma(p, _scale(scales, block, element), a)
-        u, v = _numbers(w + size, _zero_at(scales[1], scales[2] + after), element)
-        p = fma(v, load(y + 3 * _LINE, _F32), mul(u, load(y + 2 * _LINE, _F32)))
-        b = fma(p, _scale(scales, after, element), b)
+    """One row times one vector, a scale for each few groups; four groups a turn, with sums of their own."""
+    a, b, c, d = zeros(), zeros(), zeros(), zeros()
+    per_block, size = scales[4] // GROUP, group_bytes(element)
+    whole = n - n % (4 * GROUP)
+    block, left = 0, per_block
+    for k in range(0, whole, 4 * GROUP):
+        w, y = codes + (k // GROUP) * size, x + 4 * k
+        prefetch(ahead + (k // GROUP) * size)
+        if size == 32:
+            prefetch(ahead + (k // GROUP) * size + _LINE)
+        a = _fine_step(w, y, scales, block, a, element)
+        block, left = _next_block(block, left, per_block)
+        b = _fine_step(w + size, y + 2 * _LINE, scales, block, b, element)
+        block, left = _next_block(block, left, per_block)
+        c = _fine_step(w + 2 * size, y + 4 * _LINE, scales, block, c, element)
+        block, left = _next_block(block, left, per_block)
+        d = _fine_step(w + 3 * size, y + 6 * _LINE, scales, block, d, element)
+        block, left = _next_block(block, left, per_block)
     for k in range(whole, n, GROUP):
-        block = k // GROUP // per_block
         u, v = _numbers(codes + (k // GROUP) * size, _zero_at(scales[1], scales[2] + block), element)
         y0, y1 = _inputs(x, k, n)
         a = fma(fma(v, y1, mul(u, y0)), _scale(scales, block, element), a)
-    return total(add(a, b))
+        block, left = _next_block(block, left, per_block)
+    return total(add(add(a, b), add(c, d)))
+
+
+@inner
+def _fine_step(w, y, scales, block, sums, element):  # type: ignore[no-untyped-def]
+    """One group, with the scale of its block."""
+    u, v = _numbers(w, _zero_at(scales[1], scales[2] + block), element)
+    return fma(fma(v, load(y + _LINE, _F32), mul(u, load(y, _F32))), _scale(scales, block, element), sums)
+
+
+@inner
+def _next_block(block, left, per_block):  # type: ignore[no-untyped-def]
+    """The block of the next group, and how many groups it still has: a division would cost more than the group."""
+    return (block + 1, per_block) if left == 1 else (block, left - 1)
 
 
 @helper
