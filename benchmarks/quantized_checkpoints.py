@@ -3,8 +3,8 @@
     python -m benchmarks.quantized_checkpoints [NAME ...]
 
 Every model is tiny and random, quantised to FP8 with 32 x 32 blocks (gpt-oss: MXFP4) and loaded in bf16 both ways.
-Errors are ||logits - exact|| / ||exact|| against float64 on the very weights that the checkpoint stands for. "same" says
-whether the weights after unpatching are bit for bit those that transformers loads.
+Errors are ||logits - exact|| / ||exact|| against float64 on the very weights that the checkpoint stands for. "same"
+says whether the weights after unpatching are bit for bit those that transformers loads.
 """
 
 from __future__ import annotations

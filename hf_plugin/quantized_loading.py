@@ -149,6 +149,8 @@ class QuantizedCheckpoint:
             return ""
         if not operation.packed and len(site.params.stacked(target.rpartition(".")[2])) != len(sources):
             return "their tensors are laid out in another way than the module's"
+        if not operation.packed and {len(weights) for weights in sources} != {site.params.num_experts}:
+            return "the checkpoint has tensors of experts that compute nothing"
         codings: dict[Any, str] = {}
         for keys in (keys for weights in sources for keys in weights):
             tensors = {end: self._places[key][1] for end, key in keys.items()}
