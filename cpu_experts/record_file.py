@@ -155,7 +155,7 @@ class RecordFile:
         """Copies of a layer's extra tensors, checked."""
         result = {}
         for extra, (dtype, shape) in self.layers[name].extras.items():
-            piece, tensor = self._plan.pieces[f"{name}|{extra}"], torch.empty(shape, dtype=dtype)
+            piece, tensor = self._plan.pieces[f"{name}|{extra}"], torch.empty(shape, dtype=dtype, device="cpu")
             self._read_checked(piece, 0, tensor.view(-1).view(torch.uint8).numpy(), f"{extra} of {name}")
             result[extra] = tensor
         return result

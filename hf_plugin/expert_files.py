@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.kernels.numba.jit import cache_root
 
 EXPERTS = "experts.safetensors"  # in the folder of a converted checkpoint
+CONVERSIONS = "moebius_conversions"  # in the metadata of its index
 # Left free in host memory by cpu_memory="auto": room for the rest of the model, the KV cache and the system.
 AUTO_RESERVE = 0.1  # of the free memory,
 AUTO_RESERVE_BYTES = 2 << 30  # and this much
@@ -28,6 +30,15 @@ def beside(checkpoint_files: Sequence[str]) -> RecordFile | None:
     """
     path = Path(checkpoint_files[0]).parent / EXPERTS if checkpoint_files else None
     return RecordFile(path) if path is not None and path.is_file() else None
+
+
+def conversions(checkpoint_files: Sequence[str]) -> list[list[str]]:
+    """Source patterns of the conversions by which the original of a converted checkpoint was loaded.
+
+    They are in the metadata of its index, and saving reverses them.
+    """
+    index = Path(checkpoint_files[0]).parent / SAFE_WEIGHTS_INDEX_NAME
+    return list(json.loads(index.read_text())["metadata"].get(CONVERSIONS, [])) if index.is_file() else []
 
 
 def budget(options: Options, layers: Sequence[LayerFacts]) -> int | None:

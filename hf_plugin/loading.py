@@ -105,9 +105,9 @@ class MoebiusQuantizer(HfQuantizer):
                 self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
             file = expert_files.beside(files)
-            helds = self._hold(model, file)
+            self._intake = self._open_intake(self._hold(model, file), files, file)
         self._replaced: list[tuple[WeightConverter, list[ConversionOps]]] = []
-        self._intake = self._open_intake(helds, files, file)
+        self._used = expert_files.conversions(files) if file is not None else []
 
     def _hold(self, model: PreTrainedModel, file: RecordFile | None) -> dict[str, HeldWeights]:
         """What holds the weights of each experts module, by its name; tied modules share it, under one name."""
@@ -161,7 +161,8 @@ class MoebiusQuantizer(HfQuantizer):
                 if operations := getattr(conversion, "operations", None):
                     self._replaced.append((conversion, operations))
                     conversion.operations = [_Unstacked(self, operations)]
-        return super().update_weight_conversions(weight_conversions, *model, **more)
+        self._conversions = super().update_weight_conversions(weight_conversions, *model, **more)
+        return self._conversions
 
     def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
         """Take one expert tensor out of the loading."""
@@ -216,6 +217,10 @@ class MoebiusQuantizer(HfQuantizer):
         if self._checkpoint is not None:
             used = model.__dict__["_weight_conversions"]
             model.__dict__["_weight_conversions"] = self._checkpoint.for_saving(used)
+        if self._used:
+            mine: Any = model
+            kept = [*mine._weight_conversions]
+            mine._weight_conversions = [c for c in self._conversions if c in kept or [*c.source_patterns] in self._used]
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -329,11 +334,16 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             weights, or an option has a bad value.
     """
     options = {name: kwargs.pop(name) for name in Options.__slots__ if name in kwargs}
+    return load(name_or_path, MoebiusConfig(**options), **kwargs)
+
+
+def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -> PreTrainedModel:
+    """As `from_pretrained`, with the options in a `MoebiusConfig`."""
     forwarded = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder")
     config = kwargs.get("config") or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in forwarded if name in kwargs}
     )
-    chosen = MoebiusConfig(**options)
+    chosen = quantization_config
     chosen.quantized, kwargs["config"] = _without_quantization(config)
     if chosen.quantized is not None:
         methods(chosen.quantized)  # raises where there is none

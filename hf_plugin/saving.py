@@ -94,7 +94,8 @@ class Saver:
 
     def _alive(self) -> PreTrainedModel:
         model = self._model()
-        assert model is not None, "a model's method does not outlive it"
+        if model is None:  # a strong reference would be a cycle, which keeps the memory of every dropped model
+            raise RuntimeError("the model was dropped before it could be saved; keep it in a variable, then save it")
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Saver:

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from moebius import __version__
-from moebius.hf_plugin.cli import bench, demo, doctor, replay, trace, warmup
+from moebius.hf_plugin.cli import bench, convert, demo, doctor, replay, trace, warmup
 from moebius.hf_plugin.cli.console import err
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(doctor.doctor)
 app.command()(warmup.warmup)
 app.command()(replay.replay)
 app.command()(trace.trace)
+app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")
 
 

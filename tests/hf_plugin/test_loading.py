@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm._monitor import TMonitor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.core_model_loading import MergeModulelist
+from transformers.utils import logging
 
 import moebius
 from tests import zoo
@@ -79,6 +80,7 @@ def test_progress_is_shown_in_bytes_and_leaves_no_thread(tmp_path: Path, capfd: 
     stock = saved("qwen3_moe", tmp_path)
     nbytes = sum(p.nbytes for name, p in stock.named_parameters() if ".experts." in name)
     assert nbytes == 393216
+    logging.enable_progress_bar()  # the command line hides it for the whole process
     threads = set(threading.enumerate())
     model = moebius.from_pretrained(str(tmp_path), device="cpu")
     assert "393k/393k" in capfd.readouterr().err

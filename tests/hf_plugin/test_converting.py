@@ -1,0 +1,147 @@
+"""Converted checkpoints: the same model by mapping, back to stock bit for bit, and no model at all without Moebius."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
+
+import moebius
+from moebius.hf_plugin import converting
+from moebius.hf_plugin.cli.app import app
+from moebius.hf_plugin.expert_files import EXPERTS
+from tests import zoo
+from tests.hf_plugin import helpers
+from tests.hf_plugin.helpers import TRAINED, assert_close, prompt
+
+# per-expert tensors, packed, transposed with biases, flat, with surplus rows, other names, tied
+LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "diffusion_gemma", "qwen3_vl_moe")
+
+
+def saved(name: str, folder: Path, **kwargs: Any) -> PreTrainedModel:
+    model = zoo.build(name)
+    model.save_pretrained(folder, **kwargs)
+    return type(model).from_pretrained(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    """The converted checkpoint has the weights of the original, and becomes it again."""
+    stock = saved(name, tmp_path / "stock", max_shard_size="100KB")
+    converting.convert(tmp_path / "stock", tmp_path / "converted")
+    model = moebius.from_pretrained(str(tmp_path / "converted"), device="cpu")
+    assert type(model) is type(stock)
+    assert model.config.to_dict() | {"_name_or_path": 0} == stock.config.to_dict() | {"_name_or_path": 0}
+    helpers.assert_same_weights(model, helpers.weights(stock))
+    moebius.unpatch(model)
+    helpers.assert_same_weights(model, helpers.weights(stock))
+    converting.to_stock(tmp_path / "converted", tmp_path / "back")
+    written, original = weights(tmp_path / "back"), weights(tmp_path / "stock")
+    assert sorted(written) == sorted(original)
+    assert all(torch.equal(written[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "cpu"}, {"device": "emulated", "gpu_memory": 0.5}, {"device": "cpu", "cpu_memory": 0.4}]
+)
+@pytest.mark.parametrize("format", ["native", "int8"])
+def test_both_forms_of_loading_compute_the_same(format: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """From the file as from the original, in either form, with any placement."""
+    saved("qwen3_moe", tmp_path / "stock")
+    converting.convert(tmp_path / "stock", tmp_path / "converted", format)
+    want = moebius.from_pretrained(str(tmp_path / "stock"), device="cpu", expert_format=format)
+    ids = prompt(want)
+    ours = moebius.from_pretrained(str(tmp_path / "converted"), **options)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "converted", quantization_config=moebius.MoebiusConfig(**options)
+    )
+    for model in (ours, theirs):
+        assert (helpers.logits(model, ids) - helpers.logits(want, ids)).abs().max() < 1e-2
+        if options["device"] == "cpu":
+            assert_close(helpers.logits(model, ids), helpers.logits(want, ids))
+        assert (moebius.stats(model).sums.disk_reads > 0) == ("cpu_memory" in options)
+
+
+def test_without_moebius_it_is_an_error(tmp_path: Path) -> None:
+    """Stock initialises missing weights at random, with a warning only."""
+    saved("qwen3_moe", tmp_path / "stock")
+    converting.convert(tmp_path / "stock", tmp_path / "converted")
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+
+
+def test_tokenizer_and_command(tmp_path: Path) -> None:
+    """The command converts, checks and turns back, and all that belongs to the model comes along."""
+    run = CliRunner()
+    folder = str(tmp_path / "converted")
+    assert run.invoke(app, ["convert", str(TRAINED), folder, "--format", "int4"]).exit_code == 0
+    names = {path.name for path in TRAINED.iterdir()} - {"model.safetensors"}
+    assert names < {path.name for path in Path(folder).iterdir()}
+    assert AutoTokenizer.from_pretrained(folder).encode("Alice") == helpers.tokenizer().encode("Alice")
+    checked = run.invoke(app, ["convert", folder, "--check"])
+    assert checked.exit_code == 0
+    assert "all as they were written" in checked.stdout
+    assert run.invoke(app, ["convert", folder, str(tmp_path / "back"), "--to-stock"]).exit_code == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    ids = torch.arange(12)[None]
+    mapped = moebius.from_pretrained(folder, device="cpu")
+    error = (helpers.logits(stock, ids) - helpers.logits(mapped, ids)).abs().max()
+    assert error < 0.05 * helpers.logits(stock, ids).abs().max()
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path / "stock")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="full exists and is not an empty folder"):
+        converting.convert(tmp_path / "stock", tmp_path / "full")
+    with pytest.raises(ValueError, match="is not a converted checkpoint"):
+        converting.to_stock(tmp_path / "stock", tmp_path / "back")
+    converting.convert(tmp_path / "stock", tmp_path / "converted", "int8")
+    with pytest.raises(ValueError, match=r"holds experts in int8, not in 'bf16'.*convert the original"):
+        moebius.from_pretrained(str(tmp_path / "converted"), device="cpu", expert_format="bf16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "full", "stock"]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+    """A shard that ends too early, and a checkpoint without some experts."""
+    saved("qwen3_moe", tmp_path / "stock")
+    path = tmp_path / "stock" / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|header"):
+        converting.convert(tmp_path / "stock", tmp_path / "converted")
+    assert [file.name for file in tmp_path.iterdir()] == ["stock"]
+
+
+def test_records_of_another_model_are_refused(tmp_path: Path) -> None:
+    """Files mixed from two folders, or damaged: never a model with wrong weights."""
+    for name in ("qwen3_moe", "mixtral"):
+        saved(name, tmp_path / name)
+        converting.convert(tmp_path / name, tmp_path / f"{name}-converted")
+    target = tmp_path / "qwen3_moe-converted" / EXPERTS
+    good = target.read_bytes()
+    target.unlink()
+    target.write_bytes((tmp_path / "mixtral-converted" / EXPERTS).read_bytes())
+    with pytest.raises(ValueError, match=r"belongs to another checkpoint|holds .* where the model's configuration"):
+        moebius.from_pretrained(str(target.parent), device="cpu")
+    target.write_bytes(good[:-1])
+    with pytest.raises(ValueError, match=rf"{EXPERTS} is damaged"):
+        moebius.from_pretrained(str(target.parent), device="cpu")
+    damaged = bytearray(good)
+    damaged[5000] ^= 1
+    target.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"is damaged: expert 0 of model\.layers\.0"):
+        converting.check(target.parent)
+    target.unlink()
+    with pytest.raises(ValueError, match="checkpoint"):
+        moebius.from_pretrained(str(target.parent), device="cpu")
