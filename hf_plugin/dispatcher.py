@@ -121,7 +121,6 @@ def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[
 
 
 def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step) -> torch.Tensor:
-    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
     index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
     try:
         slots = cache.lookup(index, routes.experts)
@@ -137,7 +136,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
         cache.used(index, routes.experts, hit)  # while the device computes
-        _on_cpu_meanwhile(runtime, tier, layer, step, out, share, ~on_device)
+        out = _on_cpu_meanwhile(runtime, tier, layer, step, share, ~on_device)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish(index)
@@ -147,27 +146,25 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
 
 
 def _on_cpu_meanwhile(
-    runtime: ModelRuntime,
-    tier: Tier,
-    layer: PatchedLayer,
-    step: Step,
-    out: torch.Tensor,
-    share: DeviceShare,
-    mine: np.ndarray,
-) -> None:
-    """Compute the experts of `mine` (bool [A]) on the CPU, and those that no slot could be had for.
+    runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, share: DeviceShare, mine: np.ndarray
+) -> torch.Tensor | None:
+    """The sum over `mine` (bool [A]) and the experts that no slot could be had for, fp32 [T, H]; None for none.
 
     Where fetched experts wait for their turn, the device is looked after between parts of the work.
     """
-    pairs, fetched, took = step.routes.counts, int(share.fetched.sum()), 0.0
+    if share.launched and not share.waiting and not mine.any():
+        return None  # and nothing to send back
+    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
+    pairs, took = step.routes.counts, 0.0
     for part in _parts(tier, pairs, mine) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step, part, out)
         share.advance()
     left = share.finish()
     took += _on_cpu(runtime, layer, step, left, out)
     if took:
-        copying = max(fetched, int(share.fetched.sum())) * tier.costs.upload_us
+        copying = int(share.fetched.sum()) * tier.costs.upload_us
         tier.costs.observe_cpu(pairs[mine | left], took * 1e6, copying)
+    return out
 
 
 def _parts(tier: Tier, pairs: np.ndarray, mine: np.ndarray) -> Iterator[np.ndarray]:
@@ -196,9 +193,10 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.nda
 
 
 def _merge(
-    runtime: ModelRuntime, tier: Tier, index: int, launched: list[Launched], out: torch.Tensor, x: torch.Tensor
+    runtime: ModelRuntime, tier: Tier, index: int, launched: list[Launched], out: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     if not launched:
+        assert out is not None
         return out.to(x.device, x.dtype)
     begun = perf_counter()
     on_device = launched[-1].launch.result()
@@ -211,7 +209,8 @@ def _merge(
             runtime.timeline.watch(DEVICE, f"layer {index}", launch.completion, **facts)
     runtime.count_launches(index)
     tier.launches.setdefault(index, []).extend(Ran(one.launch.completion, one.tokens) for one in launched)
-    return (on_device + out.to(on_device.device)).to(x.device, x.dtype)
+    merged = on_device if out is None else on_device + out.to(on_device.device)
+    return merged.to(x.device, x.dtype)
 
 
 def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:

@@ -43,8 +43,9 @@ class DeviceShare:
     ) -> None:
         self._cache, self._layer, self._x, self._routes = cache, layer, x, routes
         self.launched: list[Launched] = []
+        self._counts = routes.counts
         absent = np.flatnonzero(wanted & (slots < 0))
-        self._waiting: np.ndarray = absent[np.argsort(-routes.counts[absent], kind="stable")]  # indices, heaviest first
+        self._waiting: np.ndarray = absent[np.argsort(-self._counts[absent], kind="stable")]  # indices, heaviest first
         self._under_way: deque[np.ndarray] = deque()  # slots of each chunk
         self._chunk = max(1, CHUNK_BYTES // cache.record_bytes(layer))
         self._window = WINDOW
@@ -105,5 +106,6 @@ class DeviceShare:
     def _launch(self, mask: np.ndarray, slots: np.ndarray) -> None:
         """Compute the experts of `mask` (bool [A]), which are in `slots`, and add what was launched before."""
         before = self.launched[-1].launch if self.launched else None
-        launch = self._cache.launch(self._layer, self._x, select(self._routes, mask), slots, before)
-        self.launched.append(Launched(launch, self._routes.counts[mask]))
+        routes = self._routes if mask.all() else select(self._routes, mask)
+        launch = self._cache.launch(self._layer, self._x, routes, slots, before)
+        self.launched.append(Launched(launch, self._counts[mask]))
