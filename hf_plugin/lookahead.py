@@ -168,7 +168,7 @@ class Lookahead:
         self._thread = thread
 
     def _judge(self, forecaster: Forecaster, tier: Tier) -> None:
-        price, miss_us = tier.cache.price, max(float(tier.costs.cpu.of(np.ones(1))[0]), _LITTLE_US)
+        price, miss_us = tier.cache.price, max(tier.costs.cpu.call(np.ones(1)), _LITTLE_US)
         judged = forecaster.judged()
         right, wrong = (judged - self._judged).tolist()
         if self._spent:

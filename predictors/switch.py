@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 WINDOW = 32  # tokens between judgements,
 FIRST = 8  # and before the first
-LEARNING = 512  # tokens that a predictor has for learning, as long as there would be something to win
+LEARNING = 64  # tokens that a predictor has for learning, as long as there would be something to win
 BURST, PERIOD = 4, 128  # at rest, tokens in each period that are foreseen all the same, to measure
 _FADING = 0.8  # of sums, per judgement
 

@@ -40,7 +40,7 @@ class Cache:
 
 def tier(cache: Cache, upload_us: float = 0.0, miss_us: float = 1e9) -> Any:
     return SimpleNamespace(
-        cache=cache, costs=SimpleNamespace(upload_us=upload_us, cpu=SimpleNamespace(of=lambda n: miss_us * n))
+        cache=cache, costs=SimpleNamespace(upload_us=upload_us, cpu=SimpleNamespace(call=lambda tokens: miss_us))
     )
 
 
