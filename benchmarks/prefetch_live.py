@@ -1,10 +1,10 @@
 """Live prefetching on the small trained model: how right each predictor is, and what prefetching does to the time.
 
-    python benchmarks/prefetch_live.py [--links none,1,0.2] [--rounds 12] [--tokens 32] --out benchmarks/results/NAME.json
+    python benchmarks/prefetch_live.py [--links none,0.1] [--rounds 12] [--tokens 32] --out benchmarks/results/X.json
 
 *Predictors* look at the same held-out text, token by token, without ever resting. *Times* are of `generate` with and
-without prefetching, in turn, both models warm; the ratio is the median over rounds of one to the other. "rests" says why
-the predictor prefetches nothing, by the measured costs; `all_us` is what all misses of a token cost by them.
+without prefetching, in turn, after two rounds of warming up; the ratio is the median over rounds of one to the other.
+"rests" says why the predictor prefetches nothing, by the measured costs.
 """
 
 from __future__ import annotations
