@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --trace TRACE.npz --out benchmarks/results/gpu_NAME.json     # below 10 minutes
     python benchmarks/gpu.py --dry-run                                                    # tiny, on the emulated device
 
-Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises leaves its error in
-the results, and the others go on.
+The sweep comes last and keeps the fastest tiles, as `moebius warmup` does; after a call with `--parts sweep` the other
+parts use them. Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises
+leaves its error in the results, and the others go on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,6 +37,7 @@ except ModuleNotFoundError:  # run as a script
     from gpu_model import measure_model  # type: ignore[import-not-found,no-redef]
 
 FORMATS = ("bf16", "int8", "int4")
+SWEPT = {"decode": 1, "batch": 64, "prompt": None}  # tokens of each class, None for those of a long prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +160,28 @@ class Layer:
         weights = np.full(ids.shape, 1 / self.sizes.top_k)
         return x.to(self.device, torch.bfloat16), build_routes(ids, weights, self.sizes.experts)
 
-    def call(self, x: torch.Tensor, routes: Routes) -> Callable[[], torch.Tensor]:
-        """The layer's kernels with their tables already on the device; on the emulated device the reference."""
+    def call(self, x: torch.Tensor, routes: Routes, tile: Any = None) -> Callable[[], torch.Tensor]:
+        """The layer's kernels with their tables already on the device; on the emulated device the reference.
+
+        Args:
+            tile: instead of the one that the plugin would choose.
+        """
         slots = routes.experts.astype(np.int32)
         if self.device.type == "cpu":
             run = make_executor(self.spec, self.layout, self.device)
             return lambda: run(self.pool, x, routes, slots)
-        from moebius.kernels.triton.config import PREFILL_TILES
+        from moebius.kernels.triton.choice import tile_for
+        from moebius.kernels.triton.config import DecodeTile
         from moebius.kernels.triton.decode import decode
-        from moebius.kernels.triton.experts import DECODE_TOKENS
         from moebius.kernels.triton.prefill import prefill
         from moebius.kernels.triton.tables import pair_table, tile_table
 
         table = pair_table(routes, slots, len(x), self.device)
-        if len(x) <= DECODE_TOKENS:
-            return lambda: decode(self.spec, self.layout, self.pool, x, table)
-        tiles = tile_table(routes, slots, PREFILL_TILES[self.layout.code].pairs, self.device)
-        return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles)
+        tile = tile or tile_for(self.spec, self.layout, len(x), self.device)
+        if isinstance(tile, DecodeTile):
+            return lambda: decode(self.spec, self.layout, self.pool, x, table, tile)
+        tiles = tile_table(routes, slots, tile.pairs, self.device)
+        return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles, tile)
 
     def error(self) -> float:
         """||ours - reference|| / ||reference|| of one token in float64."""
@@ -233,40 +241,25 @@ def _rival_call(
     return lambda: forward(experts, x, ids, weights)
 
 
-def sweep_tiles(report: Report, sizes: Sizes, format: str) -> None:
-    """Other tile sizes than those in `kernels/triton/config.py`, for one token and for a long prompt."""
+def sweep_tiles(report: Report, sizes: Sizes, format: str, kind: str) -> None:
+    """Time the tiles worth trying for a class of tokens, and keep the fastest for what runs later."""
     if report.device.type == "cpu":
         return  # there are no kernels to try
-    from moebius.kernels.triton.config import DECODE_TILES, PREFILL_TILES, DecodeTile, PrefillTile
+    from moebius.kernels.triton.choice import Kind, Tile, device_name, keep
+    from moebius.kernels.triton.config import built_in
+    from moebius.kernels.triton.tuning import measure
 
-    layer = Layer(sizes, format, report.device)
-    decode = [
-        DecodeTile(r, c, w) for r in (4, 8, 16, 32) for c in (256, 512, 1024) for w in (2, 4, 8) if r * c <= 16384
-    ]
-    prefill = [
-        PrefillTile(p, c, d, w)
-        for p in (64, 128)
-        for c in (64, 128)
-        for d in (64, 128)
-        for w in (4, 8)
-        if p * c >= 64 * 64
-    ]
-    for tokens, table, tiles in ((1, DECODE_TILES, decode), (sizes.prefill_tokens, PREFILL_TILES, prefill)):
-        former, results = table[format], []
-        steps = [layer.step(tokens, seed) for seed in range(sizes.calls if tokens == 1 else 2)]
-        for tile in tiles:
-            if perf_counter() > report.deadline:
-                break
-            table[format] = tile  # type: ignore[index]
-            try:
-                took, _ = seconds_per_call([layer.call(x, routes) for x, routes in steps], report.device)
-            except Exception as error:  # noqa: BLE001 (too large for the card: a result as well)
-                results.append({"tile": tile._asdict(), "error": type(error).__name__})
-                continue
-            results.append({"tile": tile._asdict(), "us": took * 1e6})
-        table[format] = former  # type: ignore[index]
-        results.sort(key=lambda result: result.get("us", float("inf")))
-        report.add(part="sweep", format=format, tokens=tokens, used=former._asdict(), best=results[:8])
+    layer, tokens = Layer(sizes, format, report.device), SWEPT[kind] or sizes.prefill_tokens
+    steps = [layer.step(tokens, seed) for seed in range(sizes.calls if tokens == 1 else 2)]
+
+    def timer(tile: Tile) -> float:
+        return seconds_per_call([layer.call(x, routes, tile) for x, routes in steps], report.device)[0] * 1e6
+
+    key = Kind.of(device_name(report.device), layer.spec, layer.layout, kind)
+    found = measure(key, timer)
+    keep(key, found[0].tile)
+    best, default = [timed.tile._asdict() | {"us": timed.us} for timed in found[:8]], built_in(key.code, kind)._asdict()
+    report.add(part="sweep", format=format, tokens=tokens, built_in=default, best=best)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -290,8 +283,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if "model" in parts:
         report.part("model", lambda: measure_model(report, chosen.trace, chosen.dry_run))
     if "sweep" in parts:
-        for format in FORMATS:
-            report.part(f"sweep {format}", lambda format=format: sweep_tiles(report, sizes, format))
+        for format, kind in product(FORMATS, SWEPT):
+            report.part(
+                f"sweep {format} {kind}", lambda format=format, kind=kind: sweep_tiles(report, sizes, format, kind)
+            )
     return report.data
 
 

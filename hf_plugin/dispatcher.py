@@ -50,6 +50,14 @@ class Tier:
         if times:
             self.cache.price = self.costs.price
 
+    def observe_cpu(self, tokens: np.ndarray, took_us: float, fetched: int) -> None:
+        """Let the CPU's cost, or the factor of its slowdown, follow a call beside the copies of `fetched` experts.
+
+        Where the link is none, what a copy costs is made up, and such a call says nothing of a slowdown.
+        """
+        if self.cache.device.real_link or not fetched:
+            self.costs.observe_cpu(tokens, took_us, fetched * self.costs.upload_us)
+
     def observe_launch(self, tokens: np.ndarray, took_us: float) -> None:
         """Let the cost of experts on the device follow a launch; the emulated device's own speed means nothing."""
         if self.device.type != "cpu":
@@ -162,8 +170,7 @@ def _on_cpu_meanwhile(
     left = share.finish()
     took += _on_cpu(runtime, layer, step, left, out)
     if took:
-        copying = int(share.fetched.sum()) * tier.costs.upload_us
-        tier.costs.observe_cpu(pairs[mine | left], took * 1e6, copying)
+        tier.observe_cpu(pairs[mine | left], took * 1e6, int(share.fetched.sum()))
     return out
 
 

@@ -218,6 +218,7 @@ def make_plan(
         Component("compiled CPU kernels", cache.folder or "memory", not cache.writable, cache.reason),
         _plan_gpu_cache(gpus, triton),
         _plan_uploads(gpus, pinned),
+        *([_plan_tiles(gpus[0].name)] if gpus and triton.usable else []),
     ]
 
 
@@ -251,6 +252,17 @@ def _plan_uploads(gpus: list[Gpu], pinned: Finding) -> Component:
         return Component("uploads of experts", "none", True, "there is no GPU to upload to")
     used = "copies from pinned memory" if pinned.usable else "copies through a few pinned buffers, with a thread"
     return Component("uploads of experts", used, not pinned.usable, pinned.reason)
+
+
+def _plan_tiles(device: str) -> Component:
+    from moebius.kernels.triton.choice import tuned  # here, because Triton may not be installed
+
+    name, kinds = "tiles of the Triton kernels", sorted(tuned(device))
+    if not kinds:
+        return Component(name, "built in", True, f"nothing was tuned on {device}: moebius warmup MODEL does it")
+    return Component(
+        name, f"tuned for {len(kinds)} kinds of layers and calls", False, f"on {device}: {', '.join(kinds)}"
+    )
 
 
 def _why_no_gpu() -> str:

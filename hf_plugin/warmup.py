@@ -1,4 +1,4 @@
-"""Compile the CPU kernels before they are needed; they stay in the cache folder for later processes."""
+"""Compile CPU kernels and tune GPU kernels before they are needed; the cache folder keeps both for later processes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
+from moebius.hf_plugin.discovery import find_sites
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
@@ -58,6 +60,36 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
         yield Compiled("cache", perf_counter() - begun)
     finally:
         executor.close()
+
+
+class Tuned(NamedTuple):
+    """The fastest tile of a kind of layers and calls, and its time in microseconds."""
+
+    kernels: str
+    tile: dict[str, int]
+    us: float
+
+
+def tune_tiles(config: PreTrainedConfig, format: str, device: torch.device) -> Iterator[Tuned]:
+    """Tune the Triton kernels for a model's experts where they are not tuned yet.
+
+    Args:
+        device: an accelerator.
+
+    Raises:
+        ValueError: the model has no experts that can be taken over.
+    """
+    from moebius.kernels.triton.choice import device_name  # here, because Triton may not be installed
+    from moebius.kernels.triton.tuning import device_timer, tune
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for spec in (site.spec for site in find_sites(model, loaded=False)):
+        if not spec.torch_code:
+            layout = RecordLayout.of(spec, format)
+            timer_for = device_timer(spec, layout, device)
+            for kind, found in tune(spec, layout, device_name(device), timer_for):
+                yield Tuned(kind.label, found[0].tile._asdict(), found[0].us)
 
 
 def _use_policy() -> None:

@@ -15,13 +15,13 @@ import triton.language as tl
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.triton.activation import activate, constants
-from moebius.kernels.triton.config import DECODE_TILES, OPTIONS
+from moebius.kernels.triton.config import OPTIONS, DecodeTile
 from moebius.kernels.triton.tables import PairTable
 from moebius.kernels.triton.weights import GROUP_SIZE, load_bias, load_inputs, multiply_rows, of_matrices, storage
 
 
 def decode(
-    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, table: PairTable
+    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, table: PairTable, tile: DecodeTile
 ) -> torch.Tensor:
     """Weighted sum of the routed experts, any recognised activation.
 
@@ -36,7 +36,6 @@ def decode(
     tokens, hidden, intermediate = x.shape[0], spec.hidden, spec.intermediate
     activated = torch.empty(table.pairs, intermediate, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    tile = DECODE_TILES[layout.code]
     common = {**storage(layout), "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, **OPTIONS}
     intermediate_kernel[table.pairs, triton.cdiv(intermediate, tile.rows)](
         pool, x, table.data, activated, table.pairs,

@@ -10,12 +10,11 @@ import torch
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
-from moebius.kernels.triton.config import INTERPRETED, PREFILL_TILES
+from moebius.kernels.triton.choice import tile_for
+from moebius.kernels.triton.config import INTERPRETED, DecodeTile
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill
 from moebius.kernels.triton.tables import pair_table, tile_table
-
-DECODE_TOKENS = 16  # up to here an expert seldom has more than a pair or two, and a tile of `prefill` is mostly padding
 
 # The interpreter keeps the running program's index in a global.
 _one_at_a_time: AbstractContextManager[object] = threading.Lock() if INTERPRETED else nullcontext()
@@ -39,8 +38,8 @@ def moe_forward(
     if len(routes.tokens) == 0:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     x, pairs = x.contiguous(), pair_table(routes, slots, tokens, x.device)
+    tile = tile_for(spec, layout, tokens, x.device)
     with _one_at_a_time:
-        if tokens <= DECODE_TOKENS:
-            return decode(spec, layout, pool, x, pairs)
-        tiles = tile_table(routes, slots, PREFILL_TILES[layout.code].pairs, x.device)
-        return prefill(spec, layout, pool, x, pairs, tiles)
+        if isinstance(tile, DecodeTile):
+            return decode(spec, layout, pool, x, pairs, tile)
+        return prefill(spec, layout, pool, x, pairs, tile_table(routes, slots, tile.pairs, x.device), tile)

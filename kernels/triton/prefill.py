@@ -15,7 +15,7 @@ import triton.language as tl
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.triton.activation import activate, constants
 from moebius.kernels.triton.combine import combine
-from moebius.kernels.triton.config import INTERPRETED, OPTIONS, PREFILL_TILES
+from moebius.kernels.triton.config import INTERPRETED, OPTIONS, PrefillTile
 from moebius.kernels.triton.tables import PairTable, TileTable
 from moebius.kernels.triton.weights import HALF, TYPES, depth_of, load_bias, multiply_tile, of_matrices, storage
 
@@ -31,14 +31,20 @@ def product_type(layout: RecordLayout, x: torch.dtype) -> torch.dtype:
 
 
 def prefill(
-    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, table: PairTable, tiles: TileTable
+    spec: ExpertSpec,
+    layout: RecordLayout,
+    pool: torch.Tensor,
+    x: torch.Tensor,
+    table: PairTable,
+    tiles: TileTable,
+    tile: PrefillTile,
 ) -> torch.Tensor:
     """Weighted sum of the routed experts, any recognised activation.
 
     Args:
         pool: records, uint8 [S, nbytes].
         x: [T, H], contiguous, fp32, bf16 or fp16.
-        table: the pairs, and `tiles` of them with ``PREFILL_TILES[layout.code].pairs`` rows, on the device of x.
+        table: the pairs, and `tiles` of them with ``tile.pairs`` rows, on the device of x.
 
     Returns:
         fp32 [T, H].
@@ -46,7 +52,7 @@ def prefill(
     hidden, intermediate, products = spec.hidden, spec.intermediate, product_type(layout, x.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=products, device=x.device)
     y = torch.empty(table.pairs, hidden, dtype=torch.float32, device=x.device)
-    rows, columns, depth_bytes, warps = PREFILL_TILES[layout.code]
+    rows, columns, depth_bytes, warps = tile
     blocks = {"PAIRS": rows, "COLUMNS": columns, "DEPTH": depth_bytes // products.itemsize, "num_warps": warps}
     common = {**storage(layout), "TYPE": TYPES[products], **blocks, **OPTIONS}
     gate_up_kernel[tiles.tiles, triton.cdiv(intermediate, columns)](

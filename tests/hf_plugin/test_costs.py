@@ -53,6 +53,18 @@ def test_a_slower_link_changes_the_split():
     assert not tier.costs.split(tokens, hit)[1:].any()
 
 
+@pytest.mark.parametrize(("real_link", "factor"), [(True, 2.0), (False, 1.0)])
+def test_copies_slow_the_cpu_down_only_where_there_is_a_link(monkeypatch, real_link, factor):
+    """An emulated device without a link, whose made-up copies were said to slow the CPU down."""
+    monkeypatch.setattr(FakeDevice, "real_link", real_link)
+    tier, _ = make_tier(100.0)
+    for _ in range(200):
+        tier.observe_cpu(np.array([70]), 150.0, fetched=1)  # 100 us alone
+    assert tier.costs.slowdown == pytest.approx(factor, abs=0.01)
+    tier.observe_cpu(np.array([1]), 62.0, fetched=0)
+    assert tier.costs.cpu.curve[0] > 31.0
+
+
 class Finished:
     def __init__(self, took_us: float | None) -> None:
         self.took_us = took_us

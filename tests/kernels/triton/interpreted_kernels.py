@@ -12,7 +12,7 @@ from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import open_device
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.triton import experts
-from moebius.kernels.triton.config import INTERPRETED, PREFILL_TILES
+from moebius.kernels.triton.config import DECODE_TILES, DECODE_TOKENS, INTERPRETED, PREFILL_TILES
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill, product_type
 from moebius.kernels.triton.tables import pair_table, tile_table
@@ -31,13 +31,14 @@ CODED = (
 
 def run_decode(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
-    return decode(case.spec, case.layout, case.pool, case.x, table)
+    return decode(case.spec, case.layout, case.pool, case.x, table, DECODE_TILES[case.layout.code])
 
 
 def run_prefill(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
-    tiles = tile_table(case.routes, case.slots, PREFILL_TILES[case.layout.code].pairs, case.x.device)
-    return prefill(case.spec, case.layout, case.pool, case.x, table, tiles)
+    tile = PREFILL_TILES[case.layout.code]
+    tiles = tile_table(case.routes, case.slots, tile.pairs, case.x.device)
+    return prefill(case.spec, case.layout, case.pool, case.x, table, tiles, tile)
 
 
 KERNELS = {"decode": run_decode, "prefill": run_prefill}
@@ -190,7 +191,7 @@ def test_prefill_of_a_few_hundred_tokens():
     assert error(run_prefill(case), case.expected()) < 1e-6
 
 
-@pytest.mark.parametrize("tokens", [experts.DECODE_TOKENS, experts.DECODE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [DECODE_TOKENS, DECODE_TOKENS + 1])
 def test_moe_forward_on_either_side_of_the_crossover(tokens):
     case = make_case(random_ids(tokens, 1, num_experts=2), 16, 16, num_experts=2, biased=False)
     got = experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)

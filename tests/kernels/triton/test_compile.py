@@ -11,7 +11,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from moebius.kernels.triton import experts
-from moebius.kernels.triton.config import INTERPRETED
+from moebius.kernels.triton.config import DECODE_TOKENS, INTERPRETED, candidates, token_class
 from tests.kernels.triton.cases import ACTIVATIONS, make_case, random_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")]
@@ -61,7 +61,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[tuple[str, 
     return compiled
 
 
-@pytest.mark.parametrize("tokens", [1, experts.DECODE_TOKENS + 1], ids=["decode", "prefill"])
+@pytest.mark.parametrize("tokens", [1, DECODE_TOKENS + 1], ids=["decode", "prefill"])
 @pytest.mark.parametrize(
     ("target", "format"),
     [("turing", "fp32"), ("turing", "fp16"), ("ada", "fp32"), ("ada", "bf16"), ("hopper", "bf16"), ("mi300", "bf16")],
@@ -77,7 +77,7 @@ def test_kernels_compile(launches, monkeypatch, target, format, tokens):
         assert kernel.metadata.shared <= shared, name
 
 
-@pytest.mark.parametrize("tokens", [1, experts.DECODE_TOKENS + 1], ids=["decode", "prefill"])
+@pytest.mark.parametrize("tokens", [1, DECODE_TOKENS + 1], ids=["decode", "prefill"])
 @pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4", "int4-1x128-fp16-zeros"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_quantised_kernels_compile(launches, monkeypatch, target, format, tokens):
@@ -90,6 +90,19 @@ def test_quantised_kernels_compile(launches, monkeypatch, target, format, tokens
     assert len(launches) == (2 if tokens == 1 else 3)
     for name, kernel in launches:
         assert kernel.metadata.shared <= shared, name
+
+
+@pytest.mark.parametrize("tokens", [1, DECODE_TOKENS + 1], ids=["decode", "batch"])
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_tiles_that_tuning_tries_compile(launches, monkeypatch, format, tokens):
+    """A candidate that is no power of two, smaller than a group, or too small for a product of tiles."""
+    compile_for(monkeypatch, TARGETS["hopper"][0])
+    case = make_case(random_ids(tokens, 2), 256, 96, format=format, dtype=torch.bfloat16)
+    tried = candidates(case.layout.code, token_class(tokens))
+    for tile in (tried[1], tried[-1]):  # the smallest and the largest
+        monkeypatch.setattr(experts, "tile_for", lambda *_, tile=tile: tile)
+        experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    assert len(launches) == 2 * (2 if tokens == 1 else 3)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
