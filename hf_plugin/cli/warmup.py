@@ -38,7 +38,7 @@ def warmup(
         with progress_bar("tuning") as update:
             for done, format in enumerate(chosen):
                 update(format, done / len(chosen))
-                tuned += tune_tiles(config, format, torch.device(device, torch.accelerator.current_device_index()))
+                tuned += tune_tiles(config, format, torch.device(device))
     if as_json:
         print_json([row._asdict() for row in rows] + [row._asdict() for row in tuned])
         return

@@ -215,6 +215,24 @@ def test_warmup_compiles_every_format(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "unknown" in str(invoke("warmup", "--expert-format", "int3").exception)
 
 
+def test_warmup_tunes_a_named_model_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tuning that never happens, happens twice, or for a format that was not asked for; here by a fake timer."""
+    from moebius.hf_plugin.cli import warmup
+    from moebius.kernels.triton import choice, tuning
+
+    monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path))
+    choice.tuned.cache_clear()
+    monkeypatch.setattr(warmup, "default_device", lambda: "cuda")
+    monkeypatch.setattr(choice, "device_name", lambda device: "NVIDIA Imaginary")
+    monkeypatch.setattr(tuning, "device_timer", lambda *_: lambda tokens: lambda tile: 3.0)
+    arguments = ("warmup", TINY, "--expert-format", "int4", "--json")
+    first, second = ([row for row in json.loads(invoke(*arguments).stdout) if "tile" in row] for _ in range(2))
+    choice.tuned.cache_clear()
+    assert [row["kernels"] for row in first] == [f"int4 gated 128 64 {name}" for name in ("decode", "batch", "prompt")]
+    assert first[0]["tile"].keys() == {"rows", "columns", "warps"}
+    assert second == []
+
+
 def test_trace_is_read_by_replay(tmp_path: Path) -> None:
     """What one command writes the other takes."""
     (tmp_path / "code.txt").write_text("import os\n\ndef read(path):\n")

@@ -10,9 +10,17 @@ import triton.language as tl
 
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import open_device
-from moebius.kernels.experts import RecordLayout
-from moebius.kernels.triton import experts
-from moebius.kernels.triton.config import DECODE_TILES, DECODE_TOKENS, INTERPRETED, PREFILL_TILES
+from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.triton import experts, tuning
+from moebius.kernels.triton.config import (
+    DECODE_TILES,
+    DECODE_TOKENS,
+    INTERPRETED,
+    PREFILL_TILES,
+    TOKEN_CLASSES,
+    built_in,
+    token_class,
+)
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill, product_type
 from moebius.kernels.triton.tables import pair_table, tile_table
@@ -250,3 +258,17 @@ def test_interpreter_still_breaks_bf16_products():
     dot_kernel[(1,)](a, b, out, N=16)
     assert error(out, a.double() @ b.double()) > 1e-2
     assert product_type(RecordLayout("bf16", 16, 16, True, False), torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize("tokens", TOKEN_CLASSES)
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_what_tuning_times_is_the_kernels(format, tokens, monkeypatch):
+    """A timer that cannot call its kernel shows on a GPU only; or one that times not-a-numbers."""
+    calls = []
+    monkeypatch.setattr(tuning, "_microseconds", lambda call: calls.append(call()) or 1.0)
+    spec = ExpertSpec(48, 40)
+    layout = RecordLayout.of(spec, format)
+    timer = tuning.device_timer(spec, layout, torch.device("cpu"))(tokens)
+    assert timer(built_in(layout.code, tokens)) == 1.0
+    assert token_class(len(calls[0])) == tokens
+    assert calls[0].isfinite().all()
