@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.hf_plugin.held import HeldWeights
+from moebius.hf_plugin.read_ahead import ReadAhead
 from moebius.kernels.packing import CodedMatrix
 
 
@@ -25,14 +26,17 @@ class Intake:
     Args:
         helds: what holds each experts module's weights, by the module's name; tied modules have one name.
         threads: that copy weights.
+        files: of the checkpoint, in their order; they are read ahead of the weights.
     """
 
-    def __init__(self, helds: Mapping[str, HeldWeights], threads: int) -> None:
+    def __init__(self, helds: Mapping[str, HeldWeights], threads: int, files: Sequence[str]) -> None:
         self._helds, self._names = dict(helds), {id(held): name for name, held in helds.items()}
         self._error: Exception | None = None
         self._undo = ExitStack()
         self._pool = self._undo.enter_context(ThreadPoolExecutor(threads, "moebius-load"))
-        self._bar = self._undo.enter_context(_progress(sum(held.facts().nbytes for held in helds.values())))
+        self._begun, self._nbytes = 0, sum(held.facts().nbytes for held in helds.values())
+        self._bar = self._undo.enter_context(_progress(self._nbytes))
+        self._ahead = self._undo.enter_context(closing(ReadAhead(files)))
 
     wants = True  # whether weights are taken, one by one
 
@@ -92,6 +96,9 @@ class Intake:
             return True
         try:
             before = len(held.absent)
+            if before == len(held.placeholders):  # a module's weights lie among each other: all of it is wanted now
+                self._begun += held.facts().nbytes
+                self._ahead.advance(self._ahead.nbytes * self._begun // self._nbytes)
             if not fill():
                 return False
             self._bar.update(held.facts().nbytes * (before - len(held.absent)) // len(held.placeholders))
@@ -120,8 +127,15 @@ class IntoFile(Intake):
         facts: what else it shall say, as what it is made from.
     """
 
-    def __init__(self, helds: Mapping[str, HeldWeights], threads: int, path: Path, facts: Mapping[str, str]) -> None:
-        super().__init__(helds, threads)
+    def __init__(
+        self,
+        helds: Mapping[str, HeldWeights],
+        threads: int,
+        files: Sequence[str],
+        path: Path,
+        facts: Mapping[str, str],
+    ) -> None:
+        super().__init__(helds, threads, files)
         self._path = path
         self._writer = self._undo.enter_context(RecordWriter(path, file_layers(helds), facts))
 

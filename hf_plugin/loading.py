@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.hf_plugin import expert_files
 from moebius.hf_plugin.checkpoint_codes import methods
+from moebius.hf_plugin.checkpoint_files import check_index, check_tensors
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites, probe_ids, verify_once
 from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.held import HeldWeights
@@ -98,13 +99,14 @@ class MoebiusQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         options, files = self.quantization_config.options, list(kwargs.get("checkpoint_files") or ())
         with torch.device("cpu"):  # the model is being built on the meta device
+            file = expert_files.beside(files)
+            check_tensors(files, model, file is not None or self.quantization_config.quantized is not None)
             self._sites: list[ExpertsSite] = find_sites(model, loaded=False)
             if (quantized := self.quantization_config.quantized) is not None:
                 self._checkpoint = QuantizedCheckpoint(quantized, files, self)
                 formats = self._checkpoint.plan(model, self._sites, options.expert_format == "native")
                 self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
-            file = expert_files.beside(files)
             self._intake = self._open_intake(self._hold(model, file), files, file)
         self._replaced: list[tuple[WeightConverter, list[ConversionOps]]] = []
         self._used = expert_files.conversions(files) if file is not None else []
@@ -137,13 +139,13 @@ class MoebiusQuantizer(HfQuantizer):
         if file is not None:
             return FromFile(helds, expert_files.checked(file, layers))
         if config.into is not None:
-            return IntoFile(helds, threads, config.into, {})
+            return IntoFile(helds, threads, files, config.into, {})
         if budget is None:
-            return Intake(helds, threads)
+            return Intake(helds, threads, files)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))
-        return IntoFile(helds, threads, path, facts)
+        return IntoFile(helds, threads, files, path, facts)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self._held(model, param_name) is not None
@@ -339,6 +341,7 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, with the options in a `MoebiusConfig`."""
+    check_index(Path(name_or_path) / kwargs.get("subfolder", ""))
     forwarded = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder")
     config = kwargs.get("config") or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in forwarded if name in kwargs}
@@ -349,7 +352,16 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
         methods(chosen.quantized)  # raises where there is none
         kwargs.setdefault("dtype", getattr(config, "dtype", None) or torch.bfloat16)
     kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
-    return kind.from_pretrained(name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen)
+    told = kwargs.pop("output_loading_info", False)
+    model, info = kind.from_pretrained(
+        name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers has filled them at random, with a warning
+        raise ValueError(
+            f"the checkpoint {name_or_path} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it is "
+            "incomplete or belongs to another architecture; download or copy it again"
+        )
+    return (model, info) if told else model
 
 
 def _without_quantization(config: PreTrainedConfig) -> tuple[Mapping[str, Any] | None, PreTrainedConfig]:

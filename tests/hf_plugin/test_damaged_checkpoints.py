@@ -1,0 +1,140 @@
+"""Checkpoints that are damaged or incomplete: an error that names the file and the remedy, never other weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import moebius
+from tests import zoo
+
+INDEX = "model.safetensors.index.json"
+
+
+def _of(folder: Path) -> dict[str, str]:
+    shards: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return shards
+
+
+def _write_index(folder: Path, shards: Any) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+def _without(folder: Path, end: str) -> None:
+    name, shard = next((name, shard) for name, shard in _of(folder).items() if name.endswith(end))
+    tensors = load_file(folder / shard)
+    del tensors[name]
+    save_file(tensors, folder / shard, {"format": "pt"})
+
+
+def _absent_expert(folder: Path) -> None:
+    _without(folder, "experts.3.up_proj.weight")
+
+
+def _absent_norm(folder: Path) -> None:
+    _without(folder, "layers.1.input_layernorm.weight")
+
+
+def _named_but_nowhere(folder: Path) -> None:
+    shards = _of(folder)
+    _write_index(folder, shards | {"model.layers.0.mlp.experts.99.up_proj.weight": next(iter(shards.values()))})
+
+
+def _not_named(folder: Path) -> None:
+    shards = _of(folder)
+    gone = next(shard for name, shard in shards.items() if name == "model.norm.weight")
+    _write_index(folder, {name: shard for name, shard in shards.items() if shard != gone})
+    (folder / gone).unlink()
+
+
+def _missing_shard(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def _outside(folder: Path) -> None:
+    _write_index(folder, _of(folder) | {"model.norm.weight": "../model.safetensors"})
+
+
+def _no_json(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": ')
+
+
+def _no_map(folder: Path) -> None:
+    _write_index(folder, ["model.safetensors"])
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (_absent_expert, r"model-\d+-of-\d+\.safetensors has no model\..*experts\.3\.up_proj\.weight, which the index"),
+    (_absent_norm, r"model-\d+-of-\d+\.safetensors has no model\.layers\.1\.input_layernorm\.weight, which the index"),
+    (_named_but_nowhere, r"model-\d+-of-\d+\.safetensors has no .*experts\.99\.up_proj\.weight, which the index"),
+    (_not_named, r"has no .*model\.norm\.weight.*incomplete"),
+    (_missing_shard, r"model-00002-of-\d+\.safetensors is missing"),
+    (_outside, r"index\.json names '\.\./model\.safetensors', which is no file beside it"),
+    (_no_json, r"index\.json is no index of a checkpoint"),
+    (_no_map, r"index\.json has no weight_map"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_index_and_shards_that_disagree(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    """Catches weights that are filled at random with a warning only, and errors that name no file."""
+    zoo.build("qwen3_moe").save_pretrained(tmp_path, max_shard_size="100KB")
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){message}.*again"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_a_missing_shard_is_named_in_the_other_form_too(tmp_path: Path) -> None:
+    """Catches checks that only `moebius.from_pretrained` makes."""
+    model = zoo.build("qwen3_moe")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    _absent_norm(tmp_path)
+    with pytest.raises(ValueError, match="which the index names.*again"):
+        type(model).from_pretrained(tmp_path, quantization_config=moebius.MoebiusConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn])
+def test_a_type_that_the_model_does_not_have(kind: torch.dtype, tmp_path: Path) -> None:
+    """Catches codes that are taken for weights: stock converts them to floats."""
+    zoo.build("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(32, 64).to(kind)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.3\.up_proj\.weight in .*model\.safetensors is .*again"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("whole")
+    model = zoo.build("qwen3_moe")
+    model.save_pretrained(folder)
+    return folder, (folder / "model.safetensors").read_bytes(), model.state_dict()
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(st.data())
+def test_damaged_headers(whole: tuple[Path, bytes, dict[str, torch.Tensor]], data: st.DataObject) -> None:
+    """Catches a crash, and a model of other weights: one byte of the header, or its length, or the file's, is wrong."""
+    folder, original, weights = whole
+    path, damaged = folder / "model.safetensors", bytearray(original)
+    end = 8 + int.from_bytes(original[:8], "little")
+    where = data.draw(st.integers(0, 7) | st.integers(8, end - 1), "byte")
+    damaged[where] = data.draw(st.integers(0, 255).filter(lambda value: value != original[where]), "value")
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(original), len(original) - 1, end - 1, 5, 0]), "size")])
+    try:
+        model = moebius.from_pretrained(str(folder), device="cpu")
+    except (ValueError, RuntimeError) as error:
+        assert str(path) in str(error) or str(folder) in str(error), error
+        assert "again" in str(error), error
+        return
+    moebius.unpatch(model)  # spaces and the metadata may be damaged without harm
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
