@@ -1,4 +1,4 @@
-"""The files of a checkpoint, checked before anything is loaded from them: what stock would load, or fail on, silently."""
+"""The files of a checkpoint, checked before anything is loaded: stock would fill what is missing, with a warning."""
 
 from __future__ import annotations
 

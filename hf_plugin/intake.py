@@ -32,6 +32,7 @@ class Intake:
     def __init__(self, helds: Mapping[str, HeldWeights], threads: int, files: Sequence[str]) -> None:
         self._helds, self._names = dict(helds), {id(held): name for name, held in helds.items()}
         self._error: Exception | None = None
+        self._folder = Path(files[0]).parent if files else Path()
         self._undo = ExitStack()
         self._pool = self._undo.enter_context(ThreadPoolExecutor(threads, "moebius-load"))
         self._begun, self._nbytes = 0, sum(held.facts().nbytes for held in helds.values())
@@ -50,7 +51,8 @@ class Intake:
             if tensor.shape != expected:
                 raise ValueError(
                     f"the checkpoint's {full_name} has shape {tuple(tensor.shape)}, but the configuration asks for "
-                    f"{tuple(expected)}: the checkpoint and its config.json do not belong together"
+                    f"{tuple(expected)}: the checkpoint and its config.json do not belong together, or {self._folder} "
+                    "is incomplete; download or copy it again"
                 )
             held.fill(name, tensor)
             return True
@@ -70,6 +72,13 @@ class Intake:
 
         self._taken(held, fill)
 
+    def refuse(self, full_name: str, error: Exception) -> None:
+        """Have `finish` raise that a weight cannot be put together."""
+        self._error = self._error or ValueError(
+            f"{full_name} cannot be put together from the tensors in {self._folder} ({error}): the checkpoint is "
+            "incomplete or belongs to another architecture; download or copy it again"
+        )
+
     def finish(self) -> RecordFile | None:
         """All weights have been offered.
 
@@ -86,8 +95,8 @@ class Intake:
             for name, held in self._helds.items():
                 if absent := ", ".join(sorted(held.absent)):
                     raise ValueError(
-                        f"the checkpoint has no {absent} for {name!r}: it is incomplete or belongs to another "
-                        "architecture"
+                        f"the checkpoint in {self._folder} has no {absent} for {name!r}: it is incomplete or belongs "
+                        "to another architecture; download or copy it again"
                     )
             return self._finished()
 

@@ -185,6 +185,10 @@ class MoebiusQuantizer(HfQuantizer):
         assert held is not None, full_name
         self._intake.take_coded(held, full_name.rpartition(".")[2], matrices)  # type: ignore[union-attr]
 
+    def refuse(self, full_name: str, error: Exception) -> None:
+        """Have the load fail, since a weight cannot be put together."""
+        self._intake.refuse(full_name, error)  # type: ignore[union-attr]
+
     def wants(self, model: PreTrainedModel, full_name: str) -> bool:
         """Whether a weight is one of experts."""
         return self._held(model, full_name) is not None
@@ -257,8 +261,12 @@ class _Unstacked(ConversionOps):
         stacked = len(experts) == len(source_patterns) and _stacks(self._operations)
         if stacked and self._quantizer.take_stacked(model, name, experts):
             return {_TAKEN: []}
-        for operation in self._operations:
-            input_dict = operation.convert(input_dict, source_patterns, target_patterns, **kwargs)
+        try:
+            for operation in self._operations:
+                input_dict = operation.convert(input_dict, source_patterns, target_patterns, **kwargs)
+        except (RuntimeError, ValueError, KeyError) as error:
+            self._quantizer.refuse(name, error)
+            return {_TAKEN: []}
         return input_dict
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Unstacked:

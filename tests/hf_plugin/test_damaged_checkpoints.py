@@ -97,7 +97,7 @@ def test_a_missing_shard_is_named_in_the_other_form_too(tmp_path: Path) -> None:
     model = zoo.build("qwen3_moe")
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     _absent_norm(tmp_path)
-    with pytest.raises(ValueError, match="which the index names.*again"):
+    with pytest.raises(ValueError, match=r"which the index names.*again"):
         type(model).from_pretrained(tmp_path, quantization_config=moebius.MoebiusConfig(device="cpu"))
 
 
@@ -130,11 +130,14 @@ def test_damaged_headers(whole: tuple[Path, bytes, dict[str, torch.Tensor]], dat
     where = data.draw(st.integers(0, 7) | st.integers(8, end - 1), "byte")
     damaged[where] = data.draw(st.integers(0, 255).filter(lambda value: value != original[where]), "value")
     path.write_bytes(damaged[: data.draw(st.sampled_from([len(original), len(original) - 1, end - 1, 5, 0]), "size")])
+    problem = ""
     try:
         model = moebius.from_pretrained(str(folder), device="cpu")
-    except (ValueError, RuntimeError) as error:
-        assert str(path) in str(error) or str(folder) in str(error), error
-        assert "again" in str(error), error
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        assert str(folder) in problem
+        assert "again" in problem
         return
     moebius.unpatch(model)  # spaces and the metadata may be damaged without harm
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -157,7 +157,7 @@ def test_truncated_shard_is_an_error(tmp_path: Path) -> None:
     saved("qwen3_moe", tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(Exception, match=r"(?i)incomplete|truncated|invalid|header"):
+    with pytest.raises(Exception, match=r"cannot be read as safetensors.*again"):
         moebius.from_pretrained(str(tmp_path), device="cpu")
 
 
@@ -165,8 +165,9 @@ def test_quantised_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
     """A quantised checkpoint needs its own reader; a pickle is never opened."""
     saved("qwen3_moe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="quantised with fp8"):
+    quantised = {**config, "quantization_config": {"quant_method": "bitsandbytes"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ValueError, match="bitsandbytes"):
         moebius.from_pretrained(str(tmp_path), device="cpu")
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
