@@ -359,7 +359,7 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
     if chosen.quantized is not None:
         methods(chosen.quantized)  # raises where there is none
         kwargs.setdefault("dtype", getattr(config, "dtype", None) or torch.bfloat16)
-    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
     told = kwargs.pop("output_loading_info", False)
     model, info = kind.from_pretrained(
         name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen, output_loading_info=True
@@ -369,7 +369,8 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
             f"the checkpoint {name_or_path} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it is "
             "incomplete or belongs to another architecture; download or copy it again"
         )
-    return (model, info) if told else model
+    result: Any = (model, info) if told else model
+    return result
 
 
 def _without_quantization(config: PreTrainedConfig) -> tuple[Mapping[str, Any] | None, PreTrainedConfig]:
