@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+EXPERT_BYTES = 8 * 32 * 3 * 1024 * 32 * 2  # of the smallest checkpoint that the script writes, in bf16
 
 
 @pytest.mark.slow
@@ -44,4 +45,4 @@ def test_every_variant_loads(layout: str, tmp_path: Path) -> None:
     assert list(rows) == variants.split(",")
     assert all(row["load_s"] > 0 for row in rows.values())
     if layout == "per-expert":
-        assert rows["converted"]["expert_bytes"] < 0.3 * 20e6, "not in int4"
+        assert rows["converted"]["expert_bytes"] < 0.3 * EXPERT_BYTES, "not in int4"
