@@ -12,17 +12,19 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
-from moebius.kernels.numba import coded, portable, quantized, words
+from moebius.kernels.numba import coded, portable, quantized, words, work
+from moebius.kernels.numba.bfloats import multiplies_pairs
 from moebius.kernels.numba.decoding import BF16_SCALE, E8M0_SCALE, FP16_SCALE, FP32_SCALE
 from moebius.kernels.numba.groups import vector_bytes
 from moebius.kernels.numba.jit import Entry
 from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill, find_range_error
+from moebius.kernels.numba.panels import packed_bytes
 from moebius.kernels.numba.simd import LANES
 from moebius.kernels.routes import Routes
 
-_FLOAT_WORK = {"fp32": portable.work_fp32, "bf16": portable.work_bf16, "fp16": portable.work_fp16}
-_ROUNDING_WORK = {"int8": quantized.work_int8, "int4": quantized.work_int4}  # by code
-_CODED_WORK = {"int8": coded.work_int8, "int4": coded.work_int4, "e4m3": coded.work_e4m3, "e2m1": coded.work_e2m1}
+_FLOAT_WORK = {"fp32": work.work_fp32, "bf16": work.work_bf16, "fp16": work.work_fp16}
+_ROUNDING_WORK = {"int8": work.work_rounding_int8, "int4": work.work_rounding_int4}  # by code
+_CODED_WORK = {"int8": work.work_int8, "int4": work.work_int4, "e4m3": work.work_e4m3, "e2m1": work.work_e2m1}
 _SCALE_KIND = {"fp32": FP32_SCALE, "bf16": BF16_SCALE, "fp16": FP16_SCALE, "e8m0": E8M0_SCALE}
 _X_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PARTS = {
@@ -41,15 +43,19 @@ class Layer:
     Args:
         words: int64 [LAYER_WORDS], see `words`.
         num_experts: E.
-        rounds: whether inputs are rounded to integers before they are read.
-        x_bytes: bytes of a token's input as the kernels read it.
-        inner_bytes: bytes of a pair's activated intermediate.
+        rounds: whether inputs are rounded to integers before the kernels for few pairs read them.
+        pairs: whether inputs in bf16 lose nothing by products in bf16, since weights are no finer.
+        few: pairs up to which an expert is not computed in panels.
+        x_bytes: bytes of a token's input as the kernels for few pairs read it.
+        inner_bytes: bytes of a pair's activated intermediate, as they read it.
         work: computes units of a job in the layer's format.
     """
 
     words: np.ndarray
     num_experts: int
     rounds: bool
+    pairs: bool
+    few: int
     x_bytes: int
     inner_bytes: int
     work: Entry
@@ -75,7 +81,11 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
         raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
     x_bytes, inner_bytes = (_vector_bytes(n, layout) for n in (spec.hidden, spec.intermediate))
     described = _layer_words(spec, layout, records)
-    return Layer(described, records.shape[0], _rounds(layout), x_bytes, inner_bytes, _work(layout), records)
+    few = quantized.FEW[layout.format] if _rounds(layout) else coded.FEW if layout.quantized else portable.FEW
+    return Layer(
+        described, len(records), _rounds(layout), layout.format not in ("fp32", "fp16"), few, x_bytes, inner_bytes,
+        _work(layout), records,
+    )  # fmt: skip
 
 
 def _vector_bytes(n: int, layout: RecordLayout) -> int:
@@ -116,11 +126,24 @@ def new_job() -> np.ndarray:
 
 def scratch_bytes(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
     """Bytes of scratch memory that `prepare` needs."""
-    return len(routes.tokens) * layer.inner_bytes + _prepares(layer, x) * layer.x_bytes
+    slots = (len(routes.tokens) + (LANES - 1) * len(routes.experts)) // LANES * LANES  # see `units.slot_of`
+    return slots * sum(_slot_bytes(layer, x)) + _prepares(layer, x) * layer.x_bytes
+
+
+def _slot_bytes(layer: Layer, x: torch.Tensor) -> tuple[int, int]:
+    """Bytes of a pair's intermediate, in whichever form, and of its packed input."""
+    size = 2 if _paired(layer, x) else 4
+    hidden, intermediate = (int(n) for n in layer.words[[words.HIDDEN, words.INTERMEDIATE]])
+    return max(layer.inner_bytes, packed_bytes(intermediate, size)), packed_bytes(hidden, size)
+
+
+def _paired(layer: Layer, x: torch.Tensor) -> bool:
+    """Whether panels are multiplied in bf16."""
+    return x.dtype == torch.bfloat16 and layer.pairs and multiplies_pairs()
 
 
 def _prepares(layer: Layer, x: torch.Tensor) -> int:
-    """Tokens whose input the kernels cannot read as it is."""
+    """Tokens whose input the kernels for few pairs cannot read as it is."""
     return x.shape[0] if layer.rounds or x.dtype != torch.float32 else 0
 
 
@@ -144,10 +167,10 @@ def prepare(
     _check_form(routes)
     if scratch.dtype != np.uint8 or len(scratch) < scratch_bytes(layer, x, routes):
         raise ValueError(f"scratch memory must be uint8 [{scratch_bytes(layer, x, routes)}] or longer")
-    prepares = _prepares(layer, x)
+    prepares, slot_bytes = _prepares(layer, x), _slot_bytes(layer, x)
     x_bytes = layer.x_bytes if prepares else 4 * x.shape[1]
-    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], prepares,
-                  out.data_ptr(), *routes, scratch.ctypes.data, layer.inner_bytes, x_bytes)  # fmt: skip
+    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], layer.few, prepares,
+                  _paired(layer, x), out.data_ptr(), *routes, scratch.ctypes.data, x_bytes, *slot_bytes)  # fmt: skip
     if status:
         raise ValueError(_explain(status, layer.num_experts, x.shape[0], routes))
 

@@ -1,7 +1,7 @@
-"""Thirty-two bf16 numbers as a vector, and the loads and products that tiles use with either kind of vector.
+"""Numbers in bf16 as vectors: thirty-two of them, their products in pairs, rounding to them.
 
-With inputs in fp32 (witness float32) a tile widens sixteen weights at a time; with inputs in bf16 (witness uint16) it
-multiplies thirty-two weights as they are, in pairs: one instruction with AVX-512 BF16, which reads subnormals as zero.
+With inputs in fp32 (witness float32) weights are widened; with inputs in bf16 (witness uint16) they are multiplied as
+they are, in pairs: one instruction with AVX-512 BF16, which reads subnormals as zero.
 """
 
 from __future__ import annotations
@@ -50,20 +50,18 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-@intrinsic
-def multiplies_pairs(typingctx):  # type: ignore[no-untyped-def]
-    """Whether the processor has an instruction for pairs of bf16 (a constant)."""
-    return types.boolean(), lambda context, builder, signature, args: ir.Constant(
-        ir.IntType(1), int(has_feature("avx512bf16"))
-    )
+def multiplies_pairs() -> bool:
+    """Whether the processor has an instruction for pairs of bf16."""
+    return has_feature("avx512bf16")
 
 
 @intrinsic
-def is_bf16(typingctx, element):  # type: ignore[no-untyped-def]
-    """Whether weights are bf16 (a constant)."""
-    return types.boolean(element), lambda context, builder, signature, args: ir.Constant(
-        ir.IntType(1), int(element == types.uint16)
-    )
+def products_of(typingctx, wanted):  # type: ignore[no-untyped-def]
+    """Witness of the type in which panels are multiplied, `wanted`, or fp32 where the processor has no such product."""
+    paired = multiplies_pairs() and wanted == types.uint16
+    kind = types.uint16 if paired else types.float32
+    zero = ir.Constant(_I16, 0) if paired else ir.Constant(_F32, 0.0)
+    return kind(wanted), lambda context, builder, signature, args: zero
 
 
 @intrinsic
@@ -98,46 +96,18 @@ def take_first(typingctx, address, count, element, vector):  # type: ignore[no-u
     return (bf16x32 if vector == types.uint16 else f32x16)(types.int64, types.int64, element, vector), codegen
 
 
-@intrinsic
-def accumulate(typingctx, a, b, c):  # type: ignore[no-untyped-def]
-    """a * b + c; of bf16 numbers, both products of each of sixteen pairs."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if a == f32x16:
-            return emit_fma(builder, *args)
-        if not has_feature("avx512bf16"):
-            return _accumulate_portably(builder, *args)
-        pairs = ir.VectorType(_BFloat(), 32)
-        kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return builder.call(function, [args[2], *(builder.bitcast(value, pairs) for value in args[:2])])
-
-    return f32x16(a, b, f32x16), codegen
+def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c of fp32 lanes; of pairs of bf16 (as int32), both products of each lane's pair."""
+    if a.type == _FLOATS:
+        return emit_fma(builder, a, b, c)
+    pairs = ir.VectorType(_BFloat(), 32)
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [c, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])
 
 
-def _accumulate_portably(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    a, b = (builder.bitcast(value, _INTS) for value in (a, b))
-    sixteen, upper = ir.Constant(_INTS, [16] * LANES), ir.Constant(_INTS, [0xFFFF0000] * LANES)
-    a0, b0 = (builder.bitcast(builder.shl(value, sixteen), _FLOATS) for value in (a, b))
-    a1, b1 = (builder.bitcast(builder.and_(value, upper), _FLOATS) for value in (a, b))
-    return emit_fma(builder, a1, b1, emit_fma(builder, a0, b0, c))
-
-
-@intrinsic
-def store_bf16(typingctx, address, value):  # type: ignore[no-untyped-def]
-    """Write sixteen fp32 numbers to `address`, rounded to bf16 (ties to even); NaN stays NaN."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        def every(number: int) -> ir.Constant:
-            return ir.Constant(_INTS, [number] * LANES)
-
-        bits = builder.bitcast(args[1], _INTS)
-        odd = builder.and_(builder.lshr(bits, every(16)), every(1))
-        rounded = builder.add(builder.add(bits, every(0x7FFF)), odd)
-        quiet = builder.or_(bits, every(0x400000))
-        rounded = builder.select(builder.fcmp_unordered("uno", args[1], args[1]), quiet, rounded)
-        half = builder.trunc(builder.lshr(rounded, every(16)), ir.VectorType(_I16, LANES))
-        builder.store(half, builder.inttoptr(args[0], half.type.as_pointer()), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, f32x16), codegen
+def rounded(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """32 fp32 numbers rounded to bf16 (ties to even, subnormals to zero), as their bits; NaN stays NaN."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [_FLOATS, _FLOATS])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return builder.bitcast(builder.call(function, [second, first]), _NUMBERS)

@@ -19,7 +19,7 @@ from moebius.kernels.encoding import E2M1
 from moebius.kernels.numba.isa import has_feature
 from moebius.kernels.numba.jit import helper, intrinsic
 from moebius.kernels.numba.memory import extend_half, peek, widen
-from moebius.kernels.numba.simd import LANES, f32x16, read
+from moebius.kernels.numba.simd import LANES, f32x16
 
 INT8_CODE, INT4_CODE, E4M3_CODE, E2M1_CODE = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 FP32_SCALE, BF16_SCALE, FP16_SCALE, E8M0_SCALE = 0, 1, 2, 3  # kinds of scales
@@ -139,42 +139,3 @@ def from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.trunc(args[0], _I32) if args[0].type != _I32 else args[0], _F32)
 
     return types.float32(bits), codegen
-
-
-@intrinsic
-def store_truncated(typingctx, address, value):  # type: ignore[no-untyped-def]
-    """Write sixteen fp32 numbers that bf16 holds exactly, as bf16."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        upper = builder.trunc(builder.lshr(builder.bitcast(args[1], _INTS), _all(_INTS, 16)), _SHORTS)
-        builder.store(upper, builder.inttoptr(args[0], _SHORTS.as_pointer()), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, f32x16), codegen
-
-
-@intrinsic
-def repeat_four(typingctx, address):  # type: ignore[no-untyped-def]
-    """Four times the four fp32 numbers at `address`."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        four = read(builder, args[0], _F32, 4)
-        return builder.shuffle_vector(four, four, ir.Constant(_INTS, [lane % 4 for lane in range(LANES)]))
-
-    return f32x16(types.int64), codegen
-
-
-@intrinsic
-def add_fours(typingctx, address, pitch, value):  # type: ignore[no-untyped-def]
-    """Add lanes 0..3 to what is at `address`, 4..7 to what is `pitch` bytes further, and so on."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        for four in range(4):
-            place = builder.add(args[0], builder.mul(args[1], ir.Constant(ir.IntType(64), four)))
-            pick = ir.Constant(ir.VectorType(_I32, 4), list(range(4 * four, 4 * four + 4)))
-            lanes = builder.shuffle_vector(args[2], args[2], pick)
-            pointer = builder.inttoptr(place, lanes.type.as_pointer())
-            builder.store(builder.fadd(builder.load(pointer, align=4), lanes), pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, f32x16), codegen

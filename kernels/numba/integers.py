@@ -100,23 +100,6 @@ def no_ints(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def repeat_int(typingctx, address):  # type: ignore[no-untyped-def]
-    """Sixteen times the int32 at `address`."""
-    return _define(i32x16, (types.int64,), lambda b, address: _repeat(b, address))
-
-
-@intrinsic
-def repeat_bytes(typingctx, address):  # type: ignore[no-untyped-def]
-    """Sixteen times the four bytes at `address`."""
-    return _define(u8x64, (types.int64,), lambda b, address: b.bitcast(_repeat(b, address), _BYTES))
-
-
-def _repeat(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    single = builder.insert_element(ir.Constant(_INTS, ir.Undefined), _load(builder, address, _I32, 4), _I32(0))
-    return _shuffle(builder, single, single, [0] * LANES)
-
-
-@intrinsic
 def add_ints(typingctx, a, b):  # type: ignore[no-untyped-def]
     """a + b."""
     return _define(i32x16, (i32x16, i32x16), lambda builder, a, b: builder.add(a, b))
@@ -307,40 +290,6 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return result
 
 
-def _row_addresses(builder: ir.IRBuilder, source: ir.Value, pitch: ir.Value, last: ir.Value) -> list[ir.Value]:
-    """Addresses of sixteen rows; the last one that exists stands for those beyond."""
-    numbers = [ir.Constant(ir.IntType(64), row) for row in range(LANES)]
-    clipped = [builder.select(builder.icmp_signed("<", row, last), row, last) for row in numbers]
-    return [builder.add(source, builder.mul(row, pitch)) for row in clipped]
-
-
-@intrinsic
-def pack_codes(typingctx, source, pitch, last, target, leap, element):  # type: ignore[no-untyped-def]
-    """Unsigned codes of 16 rows, 64 bytes of each, so that 64 bytes hold four consecutive columns of all rows.
-
-    Rows lie `pitch` bytes apart, row `last` (0..15) is the last one. Results are `leap` bytes apart at `target`, group
-    by group, eight to a group.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        addresses = _row_addresses(builder, args[0], args[1], args[2])
-        words = _transposed(builder, [_load(builder, address, _INTS) for address in addresses])
-        codes = [builder.bitcast(word, _BYTES) for word in words]
-        if element == types.int8:
-            codes = [builder.xor(code, _all(_BYTES, 0x80)) for code in codes]
-        else:
-            low = [builder.and_(code, _all(_BYTES, 15)) for code in codes]
-            high = [builder.lshr(code, _all(_BYTES, 4)) for code in codes]
-            codes = [code for g in range(0, 16, 4) for code in (*low[g : g + 4], *high[g : g + 4])]
-        for index, code in enumerate(codes):
-            place = builder.add(args[3], builder.mul(args[4], ir.Constant(ir.IntType(64), index)))
-            builder.store(code, builder.inttoptr(place, _BYTES.as_pointer()), align=64)
-        return context.get_dummy_value()
-
-    word = types.int64
-    return types.void(word, word, word, word, word, element), codegen
-
-
 @intrinsic
 def transpose_floats(typingctx, source, target, leap):  # type: ignore[no-untyped-def]
     """Write the columns of the fp32 [16, 16] at `source` to `target`, `leap` bytes apart."""
@@ -353,6 +302,29 @@ def transpose_floats(typingctx, source, target, leap):  # type: ignore[no-untype
             builder.store(column, place, align=64)
 
     return _define(types.void, (types.int64,) * 3, emit)
+
+
+@intrinsic
+def first_half(typingctx, address, element):  # type: ignore[no-untyped-def]
+    """The first sixteen codes of a group as signed numbers, fp32."""
+    return _define(f32x16, (types.int64, element), lambda b, address, _: _half_group(b, address, element, 0))
+
+
+@intrinsic
+def second_half(typingctx, address, element):  # type: ignore[no-untyped-def]
+    """The last sixteen codes of a group as signed numbers, fp32."""
+    return _define(f32x16, (types.int64, element), lambda b, address, _: _half_group(b, address, element, 1))
+
+
+def _half_group(builder: ir.IRBuilder, address: ir.Value, element: types.Type, half: int) -> ir.Value:
+    if element == types.int8:
+        place = builder.add(address, ir.Constant(ir.IntType(64), LANES * half))
+        codes = builder.sext(_load(builder, place, ir.VectorType(_I8, LANES)), _INTS)
+    else:
+        both = builder.zext(_load(builder, address, ir.VectorType(_I8, LANES)), _INTS)
+        one = builder.lshr(both, _all(_INTS, 4)) if half else builder.and_(both, _all(_INTS, 15))
+        codes = builder.sub(one, _all(_INTS, 8))
+    return builder.sitofp(codes, _FLOATS)
 
 
 @intrinsic

@@ -165,42 +165,6 @@ def total(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def totals(typingctx, vectors):  # type: ignore[no-untyped-def]
-    """The `total` of each of sixteen vectors, in the same order of summation, one per lane."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        values, width = cgutils.unpack_tuple(builder, args[0]), LANES
-        while width > 1:
-            width //= 2
-            first = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
-            second = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
-            pick = [ir.Constant(ir.VectorType(_I32, LANES), lanes) for lanes in (first, second)]
-            half = len(values) // 2
-            values = [
-                builder.fadd(*(builder.shuffle_vector(a, b, lanes) for lanes in pick))
-                for a, b in zip(values[:half], values[half:], strict=True)
-            ]
-        return values[0]
-
-    return f32x16(types.UniTuple(f32x16, LANES)), codegen
-
-
-@intrinsic
-def store_fours(typingctx, address, pitch, value):  # type: ignore[no-untyped-def]
-    """Write lanes 0..3 to `address`, 4..7 `pitch` bytes further, and so on."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        for four in range(4):
-            place = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, four)))
-            pick = ir.Constant(ir.VectorType(_I32, 4), list(range(4 * four, 4 * four + 4)))
-            value = builder.shuffle_vector(args[2], args[2], pick)
-            builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, f32x16), codegen
-
-
-@intrinsic
 def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     """Ask for the cache line at `address`, which need not be readable."""
 
@@ -261,6 +225,27 @@ def at_least(typingctx, a, limit):  # type: ignore[no-untyped-def]
         return builder.select(builder.fcmp_ordered("<", *args), args[1], args[0])
 
     return f32x16(f32x16, f32x16), codegen
+
+
+@intrinsic
+def where_below(typingctx, a, limit, below, beyond):  # type: ignore[no-untyped-def]
+    """`below` in the lanes where a < limit, `beyond` in the others and where a is NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return f32x16(f32x16, f32x16, f32x16, f32x16), codegen
+
+
+@intrinsic
+def magnitude(typingctx, value):  # type: ignore[no-untyped-def]
+    """|value|."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        integers = ir.VectorType(_I32, LANES)
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], integers), _lanes(0x7FFFFFFF, _I32)), _V32)
+
+    return f32x16(f32x16), codegen
 
 
 @intrinsic

@@ -1,4 +1,4 @@
-"""Dot products of one, two or four matrix rows with one or four vectors: the inner loops of the portable kernels.
+"""Dot products of matrix rows with one or four vectors: the inner loops for experts with few pairs in float formats.
 
 All operands are addresses: rows of n stored elements, vectors of n fp32. Each (row, vector) pair is summed in an order
 that depends on n alone, so a result depends neither on its neighbours in the tile nor on the number of threads.
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.numba.bfloats import accumulate, take, take_first, width_of
 from moebius.kernels.numba.jit import helper, inner
 from moebius.kernels.numba.memory import size_of
-from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, prefetch, total, totals, zeros
+from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, prefetch, total, zeros
 
 _F32 = np.float32(0)
 _LINE = 64  # bytes of a cache line
@@ -77,66 +76,3 @@ def dot2x4(w0, w1, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-untype
         )  # fmt: skip
     b00, b01, b02, b03, b10, b11, b12, b13 = a
     return total(b00), total(b01), total(b02), total(b03), total(b10), total(b11), total(b12), total(b13)
-
-
-@inner
-def _step4x4(a, w0, w1, w2, w3, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
-    a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33 = a
-    a00, a10, a20, a30 = (
-        accumulate(w0, x0, a00),
-        accumulate(w1, x0, a10),
-        accumulate(w2, x0, a20),
-        accumulate(w3, x0, a30),
-    )
-    a01, a11, a21, a31 = (
-        accumulate(w0, x1, a01),
-        accumulate(w1, x1, a11),
-        accumulate(w2, x1, a21),
-        accumulate(w3, x1, a31),
-    )
-    a02, a12, a22, a32 = (
-        accumulate(w0, x2, a02),
-        accumulate(w1, x2, a12),
-        accumulate(w2, x2, a22),
-        accumulate(w3, x2, a32),
-    )
-    a03, a13, a23, a33 = (
-        accumulate(w0, x3, a03),
-        accumulate(w1, x3, a13),
-        accumulate(w2, x3, a23),
-        accumulate(w3, x3, a33),
-    )
-    return a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33
-
-
-@helper
-def dot4x4(w0, w1, w2, w3, x0, x1, x2, x3, n, ahead, element, vector):  # type: ignore[no-untyped-def]
-    """Four rows, four vectors: eight loads for sixteen products, bound by arithmetic.
-
-    `vector` is the type of the vectors, fp32 or bf16 (then `element` is bf16 too: 171 against 88 products per ns on a
-    Zen 5 core). Lane 4 * j + i is row i times vector j.
-    """
-    size, x_size, width, z = size_of(element), size_of(vector), width_of(vector), zeros()
-    a = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
-    whole = n - n % width
-    for k in range(0, whole, width):
-        _prefetch(ahead + 4 * size * k, 4 * size * width)
-        v, y = size * k, x_size * k
-        a = _step4x4(
-            a,
-            take(w0 + v, element, vector), take(w1 + v, element, vector),
-            take(w2 + v, element, vector), take(w3 + v, element, vector),
-            take(x0 + y, vector, vector), take(x1 + y, vector, vector),
-            take(x2 + y, vector, vector), take(x3 + y, vector, vector),
-        )  # fmt: skip
-    if whole < n:
-        v, y, rest = size * whole, x_size * whole, n - whole
-        a = _step4x4(
-            a,
-            take_first(w0 + v, rest, element, vector), take_first(w1 + v, rest, element, vector),
-            take_first(w2 + v, rest, element, vector), take_first(w3 + v, rest, element, vector),
-            take_first(x0 + y, rest, vector, vector), take_first(x1 + y, rest, vector, vector),
-            take_first(x2 + y, rest, vector, vector), take_first(x3 + y, rest, vector, vector),
-        )  # fmt: skip
-    a00, a01, a02, a03, a10, a11, a12, a13, a20, a21, a22, a23, a30, a31, a32, a33 = a
-    return totals((a00, a10, a20, a30, a01, a11, a21, a31, a02, a12, a22, a32, a03, a13, a23, a33))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from moebius.kernels.numba import words
-from moebius.kernels.numba.activations import clamp_lanes, first_factor, first_lanes, has_lanes, second_factor
+from moebius.kernels.numba.activations import first_factor, second_factor
 from moebius.kernels.numba.jit import helper
 from moebius.kernels.numba.memory import atomic_add, atomic_load, peek, poke, size_of, wait_briefly, widen
 from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, splat, store, zeros
@@ -48,59 +48,40 @@ def entry_of(array, index):  # type: ignore[no-untyped-def]
     return np.int64(peek(array + 4 * index, _I32))
 
 
-PREPARE, EXPAND, CONTRACT, NONE = 0, 1, 2, 3
+PREPARE, PACK, EXPAND, CONTRACT, NONE = 0, 1, 2, 3, 4
 
 
 @helper
-def next_unit(job, layer):  # type: ignore[no-untyped-def]
-    """Take a unit, and wait for those that it needs; the caller reports all but CONTRACT with `report`.
+def take_unit(job, layer):  # type: ignore[no-untyped-def]
+    """Take a unit.
 
     Returns:
-        (PREPARE, token, 0), (EXPAND, index of the active expert, first row), (CONTRACT, first column, columns) or
-        (NONE, 0, 0).
+        (PREPARE, token, 0), (PACK, index of the active expert, 0), (EXPAND, index of the active expert, first row),
+        (CONTRACT, 0, first column) or (NONE, 0, 0).
     """
-    prepared, unit = word(job, words.PREPARES), atomic_add(job + _W * words.NEXT, 1)
-    blocks = (word(layer, words.INTERMEDIATE) + ROWS - 1) // ROWS
-    expanded = prepared + blocks * word(job, words.ACTIVE)
-    if unit < prepared:
+    prepares, unit = word(job, words.PREPARES), atomic_add(job + _W * words.NEXT, 1)
+    if unit < prepares:
         return PREPARE, unit, 0
-    if unit < expanded:
-        _wait_for(job, prepared)
-        return EXPAND, (unit - prepared) // blocks, ROWS * ((unit - prepared) % blocks)
-    columns = _columns(job)
-    start = columns * (unit - expanded)
-    if start >= word(layer, words.HIDDEN):
-        return NONE, 0, 0
-    _wait_for(job, expanded)
-    return CONTRACT, start, columns
+    unit -= prepares
+    if unit < word(job, words.PACKS):
+        return PACK, unit, 0
+    unit -= word(job, words.PACKS)
+    blocks = (word(layer, words.INTERMEDIATE) + ROWS - 1) // ROWS
+    if unit < blocks * word(job, words.ACTIVE):
+        return EXPAND, unit // blocks, ROWS * (unit % blocks)
+    start = columns_of(job) * (unit - blocks * word(job, words.ACTIVE))
+    return (CONTRACT, 0, start) if start < word(layer, words.HIDDEN) else (NONE, 0, 0)
 
 
-def make_work(prepare, expand, contract):  # type: ignore[no-untyped-def]
-    """The function by which a thread takes and computes units of a job until none is left.
-
-    Args:
-        prepare: makes (job, layer, place, element) ready what both phases read.
-        expand: (job, layer, place, size, element), a unit of phase 1.
-        contract: (job, layer, place, size, element), a unit of phase 2.
-    """
-
-    @helper
-    def work(job, element):  # type: ignore[no-untyped-def]
-        layer = word(job, words.LAYER)
-        while True:
-            phase, place, size = next_unit(job, layer)
-            if phase == CONTRACT:
-                contract(job, layer, place, size, element)
-            elif phase == NONE:
-                return
-            else:
-                if phase == PREPARE:
-                    prepare(job, layer, place, element)
-                else:
-                    expand(job, layer, place, size, element)
-                report(job)
-
-    return work
+@helper
+def wait_for(job, layer, phase):  # type: ignore[no-untyped-def]
+    """Wait for the units that those of a phase need."""
+    units = word(job, words.PREPARES) + word(job, words.PACKS)
+    if phase == CONTRACT:
+        units += (word(layer, words.INTERMEDIATE) + ROWS - 1) // ROWS * word(job, words.ACTIVE)
+    waited = 0
+    while phase >= EXPAND and atomic_load(job + _W * words.DONE) < units:
+        waited = wait_briefly(waited)
 
 
 @helper
@@ -110,17 +91,29 @@ def report(job):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _wait_for(job, units):  # type: ignore[no-untyped-def]
-    waited = 0
-    while atomic_load(job + _W * words.DONE) < units:
-        waited = wait_briefly(waited)
-
-
-@helper
-def _columns(job):  # type: ignore[no-untyped-def]
+def columns_of(job):  # type: ignore[no-untyped-def]
     """Output columns per unit: twice as many where arithmetic is the limit, since each unit reads all intermediates."""
     active = word(job, words.ACTIVE)
     return 2 * ROWS if entry_of(word(job, words.OFFSETS), active) >= 16 * active else ROWS
+
+
+@helper
+def has_many(job, active):  # type: ignore[no-untyped-def]
+    """Whether an expert has so many pairs that they are computed in panels."""
+    offsets = word(job, words.OFFSETS)
+    return entry_of(offsets, active + 1) - entry_of(offsets, active) > word(job, words.FEW)
+
+
+@helper
+def slot_of(job, active):  # type: ignore[no-untyped-def]
+    """Number of an expert's first slot: its pairs have successive ones, from a multiple of 16 on."""
+    return slots_of(entry_of(word(job, words.OFFSETS), active), active)
+
+
+@helper
+def slots_of(pairs, experts):  # type: ignore[no-untyped-def]
+    """Slots of the first experts, which have so many pairs together: enough to start each at a multiple of 16."""
+    return (pairs + (LANES - 1) * experts) // LANES * LANES
 
 
 @helper
@@ -130,16 +123,15 @@ def input_of(job, pair):  # type: ignore[no-untyped-def]
 
 
 @helper
-def source_of(job, pair):  # type: ignore[no-untyped-def]
-    """Address of the caller's own input of a pair's token, in bf16."""
-    n = word(word(job, words.LAYER), words.HIDDEN)
-    return word(job, words.SOURCE) + 2 * n * entry_of(word(job, words.TOKENS), pair)
+def packed_of(job, slot):  # type: ignore[no-untyped-def]
+    """Address of the packed inputs of sixteen slots."""
+    return word(job, words.PACKED) + slot * word(job, words.PACKED_BYTES)
 
 
 @helper
-def inner_of(job, pair):  # type: ignore[no-untyped-def]
-    """Address of a pair's activated intermediate."""
-    return word(job, words.INNER) + pair * word(job, words.INNER_BYTES)
+def inner_of(job, slot):  # type: ignore[no-untyped-def]
+    """Address of the activated intermediate of a slot, or, packed, of sixteen."""
+    return word(job, words.INNER) + slot * word(job, words.INNER_BYTES)
 
 
 @helper
@@ -150,36 +142,22 @@ def activate(layer, expert, start, stop, first, second, target, element):  # typ
     """
     up_bias = part(layer, words.UP_BIAS, expert)
     first_bias = part(layer, words.GATE_BIAS, expert) if word(layer, words.GATE) else up_bias
-    if has_lanes(word(layer, words.KIND)):
-        for row in range(start, stop, LANES):
-            offset, count = 4 * (row - start), stop - row
-            g = add(load(first + offset, _F32), bias_lanes(first_bias, row, count, element))
-            u = add(load(second + offset, _F32), bias_lanes(up_bias, row, count, element))
-            store(target + offset, _lanes(layer, g, u))
-    else:
-        for row in range(start, stop):
-            offset = 4 * (row - start)
-            g = peek(first + offset, _F32) + bias_at(first_bias, row, element)
-            u = peek(second + offset, _F32) + bias_at(up_bias, row, element)
-            poke(target + offset, _generic(layer, g, u))
+    for row in range(start, stop, LANES):
+        offset, count = 4 * (row - start), stop - row
+        g, g_bias = load(first + offset, _F32), bias_lanes(first_bias, row, count, element)
+        u, u_bias = load(second + offset, _F32), bias_lanes(up_bias, row, count, element)
+        store(target + offset, combine(layer, g, g_bias, u, u_bias))
 
 
 @helper
-def _lanes(layer, g, u):  # type: ignore[no-untyped-def]
-    alpha, gate_max = splat(number(layer, words.ALPHA)), splat(number(layer, words.GATE_MAX))
-    result = first_lanes(word(layer, words.KIND), alpha, gate_max, splat(number(layer, words.ACT_MAX)), g)
+def combine(layer, g, g_bias, u, u_bias):  # type: ignore[no-untyped-def]
+    """The activation of sixteen numbers: of the gate (of `up`, where there is none) and of `up`, with their biases."""
+    kind, alpha = word(layer, words.KIND), splat(number(layer, words.ALPHA))
+    gate_max, act_max = splat(number(layer, words.GATE_MAX)), splat(number(layer, words.ACT_MAX))
+    result = first_factor(kind, alpha, gate_max, act_max, add(g, g_bias))
     if word(layer, words.GATE):
         up_max, up_shift = splat(number(layer, words.UP_MAX)), splat(number(layer, words.UP_SHIFT))
-        result = mul(result, clamp_lanes(up_max, up_shift, u))
-    return result
-
-
-@helper
-def _generic(layer, g, u):  # type: ignore[no-untyped-def]
-    kind, alpha, gate_max = word(layer, words.KIND), number(layer, words.ALPHA), number(layer, words.GATE_MAX)
-    result = first_factor(kind, alpha, gate_max, number(layer, words.ACT_MAX), g)
-    if word(layer, words.GATE):
-        result *= second_factor(kind, number(layer, words.UP_MAX), number(layer, words.UP_SHIFT), u)
+        result = mul(result, second_factor(kind, up_max, up_shift, add(u, u_bias)))
     return result
 
 

@@ -12,6 +12,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.formats import GROUP
+from moebius.kernels.numba.quantized import FEW
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import Routes, build_routes
 
@@ -56,11 +57,14 @@ def expected_quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `run` must add to `out`, activations rounded as the kernels do, in float64; and the size of what is summed.
 
-    A code of the intermediate that lies between two numbers may be rounded to either, so results differ by up to
+    Those of experts with many pairs are not rounded to groups. A code of the intermediate that lies between two numbers may be rounded to either, so results differ by up to
     1 / limit of that size.
     """
     limit = {"int8": 127 * 256, "int4": 127}[store.layout.format]
-    return _sum_up(store, x, routes, out, lambda values: round_to_groups(values, limit))
+    few = FEW[store.layout.format]
+    return _sum_up(
+        store, x, routes, out, lambda values: round_to_groups(values, limit) if len(values) <= few else values.double()
+    )
 
 
 def size_of_sums(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.Tensor:

@@ -70,7 +70,9 @@ def test_equals_the_same_rounding_in_float64(executors: dict[int, CpuExecutor], 
     routes, out = random_routes(tokens, k, experts, seed), torch.full((tokens, spec.hidden), 0.25)
     exact, size_of_sums = expected_quantized(store, x, routes, out)
     executors[data.draw(st.sampled_from(sorted(executors)), "threads")].run(store, x, routes, out)
-    assert ((out.double() - exact).abs() <= TOLERANCE[format] * size_of_sums + 1e-5).all()
+    # beside bf16 inputs, weights and intermediates of experts with many pairs are rounded to bf16
+    bound = max(TOLERANCE[format], 0.01 if x.dtype == torch.bfloat16 else 0)
+    assert ((out.double() - exact).abs() <= bound * size_of_sums + 1e-5).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 6])

@@ -23,18 +23,18 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Act, Activation, ExpertSpec, RecordLayout
-from moebius.kernels.numba import portable, quantized
+from moebius.kernels.numba import work
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 executor, torch_seed = CpuExecutor(2), torch.manual_seed(0)
-entries = {"bf16": portable.work_bf16, "fp16": portable.work_fp16, "int8": quantized.work_int8,
-           "int4": quantized.work_int4}
+entries = {"bf16": work.work_bf16, "fp16": work.work_fp16, "int8": work.work_rounding_int8,
+           "int4": work.work_rounding_int4}
 for format, entry in entries.items():
     for kind in (Act.SILU, Act.GELU_ERF):
         spec = ExpertSpec(147, 83, biased=True, activation=Activation(kind))
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), 3)
         pack(store.layout, store.records, {n: torch.randn(3, *s) * 0.1 for n, s in store.layout.shapes().items()})
-        for tokens in (1, 3, 11):
+        for tokens in (1, 3, 21):
             ids = np.tile([0, 2], (tokens, 1))
             routes = build_routes(ids, np.full((tokens, 2), 0.5, np.float32), 3)
             x, out = torch.randn(tokens, 147), torch.zeros(tokens, 147)
