@@ -23,8 +23,9 @@ FORMATS = [
     "int8-1x128-fp32",
 ]  # fmt: skip
 ACTIVATIONS = [Activation(), Activation(Act.SILU, 1.702, 7.0, up_max=7.0, up_shift=1.0), Activation(Act.GELU_ERF)]
-# of the magnitudes that are summed: fp32 sums, and a bf16 intermediate where that is what a model's own code has
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 6e-3}
+# Of the magnitudes that are summed: fp32 sums; beside bf16 inputs weights and intermediates are rounded to bf16, which
+# shows most where the sum of a gate cancels.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 0.05}
 
 
 @pytest.fixture(scope="module")

@@ -70,12 +70,13 @@ def test_equals_the_same_rounding_in_float64(executors: dict[int, CpuExecutor], 
     routes, out = random_routes(tokens, k, experts, seed), torch.full((tokens, spec.hidden), 0.25)
     exact, size_of_sums = expected_quantized(store, x, routes, out)
     executors[data.draw(st.sampled_from(sorted(executors)), "threads")].run(store, x, routes, out)
-    # beside bf16 inputs, weights and intermediates of experts with many pairs are rounded to bf16
-    bound = max(TOLERANCE[format], 0.01 if x.dtype == torch.bfloat16 else 0)
+    # beside bf16 inputs, weights and intermediates of experts with many pairs are rounded to bf16, which shows most
+    # where the sum of a gate cancels; other inputs take the same ways in fp32
+    bound = max(TOLERANCE[format], 0.05 if x.dtype == torch.bfloat16 else 0)
     assert ((out.double() - exact).abs() <= bound * size_of_sums + 1e-5).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("tokens", [1, 6, 40])
 @pytest.mark.parametrize(("format", "bound"), [("int8", 0.0105), ("int4", 0.155)])
 def test_error_of_a_layer_against_unquantised_weights(
     executors: dict[int, CpuExecutor], format: str, bound: float, tokens: int
@@ -85,7 +86,7 @@ def test_error_of_a_layer_against_unquantised_weights(
     store = ExpertStore.empty(spec, RecordLayout.of(spec, format), 2)
     weights = {n: torch.randn(2, *s, generator=generator) * s[-1] ** -0.5 for n, s in store.layout.shapes().items()}
     pack(store.layout, store.records, weights)
-    x, out = torch.randn(tokens, 512, generator=generator), torch.zeros(tokens, 512)
+    x, out = torch.randn(tokens, 512, generator=generator).bfloat16(), torch.zeros(tokens, 512)
     routes = build_routes(np.tile([0, 1], (tokens, 1)), np.full((tokens, 2), 0.5, np.float32), 2)
     executors[2].run(store, x, routes, out)
     exact = torch.zeros(tokens, 512, dtype=torch.float64)

@@ -24,18 +24,18 @@ def test_import_compiles_nothing(run_python: RunPython) -> None:
     code = (
         "from numba.core import event\n"
         "with event.install_recorder('numba:compile') as seen:\n"
-        "    import moebius.cpu_experts.executor, moebius.kernels.numba.portable\n"
+        "    import moebius.cpu_experts.executor, moebius.kernels.numba.work\n"
         "print(len(seen.buffer))"
     )
     assert run_python(code, cwd=_ROOT).stdout.strip() == "0"
 
 
 _PROBE = """
-from moebius.kernels.numba.activations import at_most
 from moebius.kernels.numba.jit import entry
-@entry("float32(float32)")
+from moebius.kernels.numba.memory import wait_briefly
+@entry("int64(int64)")
 def probe(x):
-    return at_most(x, x * 0 + 2)
+    return wait_briefly(x)
 """
 
 
@@ -51,14 +51,14 @@ def test_an_edited_callee_is_noticed_and_an_unchanged_one_is_loaded(tmp_path: Pa
         done = run_python(code, cwd=tmp_path, path=(tmp_path,), MOEBIUS_CACHE_DIR=str(tmp_path / "cache"))
         return done.stdout.strip()
 
-    code = "from moebius.kernels.numba.probe import probe\nprint(probe(3.0), *probe.compiled.stats.cache_hits.values())"
-    assert answer() == "2.0"
-    assert answer() == "2.0 1"
-    callee = tmp_path / "kernels/numba/activations.py"
-    edited = callee.read_text().replace("return limit if x > limit else x", "return x + limit")
+    code = "from moebius.kernels.numba.probe import probe\nprint(probe(3), *probe.compiled.stats.cache_hits.values())"
+    assert answer() == "4"
+    assert answer() == "4 1"
+    callee = tmp_path / "kernels/numba/memory.py"
+    edited = callee.read_text().replace("return waited + 1", "return waited + 2")
     assert edited != callee.read_text()
     callee.write_text(edited)
-    assert answer() == "5.0"
+    assert answer() == "5"
 
 
 def test_unwritable_cache_compiles_in_memory_and_says_so_once(
