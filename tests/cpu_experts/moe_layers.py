@@ -57,8 +57,8 @@ def expected_quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `run` must add to `out`, activations rounded as the kernels do, in float64; and the size of what is summed.
 
-    Those of experts with many pairs are not rounded to groups. A code of the intermediate that lies between two numbers may be rounded to either, so results differ by up to
-    1 / limit of that size.
+    Those of experts with many pairs are not rounded to groups. A code of the intermediate that lies between two numbers
+    may be rounded to either, so results differ by up to 1 / limit of that size.
     """
     limit = {"int8": 127 * 256, "int4": 127}[store.layout.format]
     few = FEW[store.layout.format]
