@@ -37,7 +37,7 @@ def code_bytes(n, element):  # type: ignore[no-untyped-def]
 
 @helper
 def codes_at(layer, matrix, expert, row, n, element):  # type: ignore[no-untyped-def]
-    """Addresses of a row, of its matrix's scales and zero points (or 0); the row; rows and columns of a scale, its kind."""
+    """Addresses of a row and its matrix's scales and zero points (or 0); the row; a scale's rows, columns and kind."""
     codes = part(layer, matrix, expert) + row * code_bytes(n, element)[0]
     scales, points = part(layer, matrix + _SCALES, expert), part(layer, matrix + _ZEROS, expert)
     return codes, scales, points, row, word(layer, words.SCALE_ROWS), _width(layer, n), word(layer, words.SCALE_KIND)
