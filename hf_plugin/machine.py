@@ -94,12 +94,16 @@ def _parse_size(text: str) -> int:
 
 
 def compiled_isa() -> str:
-    """The widest vector instructions that Numba compiles for: "avx512", "avx2", "avx", or the plain architecture.
+    """The widest vector instructions that Numba compiles for: "amx", "avx512", "avx2", "avx", or the architecture.
 
     That is less than the processor has where NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say so.
     """
     from numba.core.registry import cpu_target
 
+    from moebius.kernels.numba.isa import has_tiles
+
+    if has_tiles():
+        return "amx"
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     enabled = set(features.split(","))
     for flag, name in (("+avx512f", "avx512"), ("+avx2", "avx2"), ("+avx", "avx"), ("+sve", "sve"), ("+neon", "neon")):

@@ -1,25 +1,35 @@
 """The instruction set that kernels are compiled for: the processor's own, or a lower one for tests.
 
-``MOEBIUS_ISA=portable|avx2|avx512`` limits all of this process's Numba code; set it before Numba compiles.
+``MOEBIUS_ISA=portable|avx2|avx512|amx`` limits all of this process's Numba code; set it before Numba compiles.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
 import numba
 from numba.core.registry import cpu_target
 
+_TILES = ("amx-tile", "amx-bf16", "amx-int8")
 # LLVM's name of a processor, and the features that the level adds to the ones below it.
 _LEVELS = {
     "portable": ("x86-64", ()),
     "avx2": ("x86-64-v3", ("avx", "avx2", "fma", "f16c", "bmi", "bmi2", "popcnt")),
     "avx512": ("x86-64-v4", ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")),
+    # Every processor with tiles has products of bytes and of bf16 in vectors too, which decoding uses.
+    "amx": ("x86-64-v4", ("avx512vnni", "avx512bf16", *_TILES)),
 }
 _config: Any = numba.core.config
+
+# Linux hands the tiles' registers out on request: the number of the system call arch_prctl, the request, and which part
+# of the processor's state is meant (Documentation/arch/x86/xstate.rst).
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 _refusal: str | None = None
@@ -50,7 +60,7 @@ def apply_choice() -> None:
 
     Raises:
         ValueError: no such level on this architecture.
-        RuntimeError: the processor lacks it, or Numba has already begun to compile for another.
+        RuntimeError: the processor or the system lacks it, or Numba has already begun to compile for another.
     """
     level = os.environ.get("MOEBIUS_ISA")
     if not level:
@@ -63,7 +73,7 @@ def apply_choice() -> None:
         raise ValueError(f"MOEBIUS_ISA={level} is unknown; choose one of {', '.join(levels())}, or leave it unset")
     if missing := _missing(level):
         raise RuntimeError(
-            f"MOEBIUS_ISA={level} needs {', '.join(missing)}, which this processor does not have; choose one of "
+            f"MOEBIUS_ISA={level} needs {', '.join(missing)}, which this machine does not have; choose one of "
             f"{', '.join(levels())}, or leave it unset"
         )
     _limit(level)
@@ -74,9 +84,22 @@ def levels() -> list[str]:
     return [level for level in _LEVELS if not _missing(level)] if _is_x86() else ["portable"]
 
 
+def has_tiles() -> bool:
+    """Whether code is compiled for a processor with AMX, whose tiles the system has granted to this process."""
+    return all(has_feature(name) for name in _TILES) and tiles_granted()
+
+
 def has_feature(name: str) -> bool:
     """Whether code is compiled for a processor with LLVM's feature `name`."""
     return f"+{name}" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
+@cache
+def tiles_granted() -> bool:
+    """Ask the system for the tiles' registers, for all threads of this process; it saves them from then on."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
 def _is_x86() -> bool:
@@ -90,7 +113,10 @@ def _features(level: str) -> list[str]:
 
 def _missing(level: str) -> list[str]:
     host = llvmlite.binding.get_host_cpu_features()
-    return [feature for feature in _features(level) if not host.get(feature)]
+    missing = [feature for feature in _features(level) if not host.get(feature)]
+    if level == "amx" and not missing and not tiles_granted():
+        missing.append("the system's permission to use tiles")
+    return missing
 
 
 def _limit(level: str) -> None:

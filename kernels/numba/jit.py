@@ -127,7 +127,7 @@ def source_key() -> str:
     for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     codegen = cpu_target.target_context.codegen()
-    facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__)
+    facts = (platform.python_version(), platform.system(), numba.__version__, llvmlite.__version__, isa.has_tiles())
     digest.update(repr((facts, codegen.magic_tuple())).encode())
     return digest.hexdigest()[:20]
 

@@ -28,6 +28,7 @@ from moebius.kernels.numba.outer import (
     tile_of_one,
     tile_of_two,
 )
+from moebius.kernels.numba.outer_tiles import multiply_tiles
 from moebius.kernels.numba.simd import LANES, load, prefetch, splat, zeros
 from moebius.kernels.numba.units import (
     ROWS,
@@ -175,15 +176,19 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
         for begin in range(0, n, width):
             unpack(panel, here, rows, n, begin, min(begin + width, n), element, vector)
             lines, skip = _padded(min(width, n - begin)) // line, begin // line
-            ahead = then[0] + LINE * ask * skip
+            ahead, y, fresh = then[0] + LINE * ask * skip, x + X_LINE * skip, begin == 0
+            if line > LANES and multiply_tiles(panel, y, x_pitch, lines, blocks, target, fresh, ahead, ask):
+                continue
             for block in range(0, blocks - 1, 2):
-                y = x + block * x_pitch + X_LINE * skip
-                tile_of_two(panel, y, x_pitch, lines, target + SUMS * block, begin == 0, ahead, ask, vector)
+                tile_of_two(
+                    panel, y + block * x_pitch, x_pitch, lines, target + SUMS * block, fresh, ahead, ask, vector
+                )  # fmt: skip
                 ahead = 0  # asked for
             if blocks % 2:
                 block = blocks - 1
-                y = x + block * x_pitch + X_LINE * skip
-                tile_of_one(panel, y, x_pitch, lines, target + SUMS * block, begin == 0, ahead, ask, vector)
+                tile_of_one(
+                    panel, y + block * x_pitch, x_pitch, lines, target + SUMS * block, fresh, ahead, ask, vector
+                )  # fmt: skip
 
     @helper
     def expand(job, layer, active, start, then, element, bias, vector):  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from moebius.kernels.numba.bfloats import products_of
 from moebius.kernels.numba.decoding import E2M1_CODE, E4M3_CODE, INT4_CODE, INT8_CODE
 from moebius.kernels.numba.integers import INT4, INT8
 from moebius.kernels.numba.jit import entry, helper
+from moebius.kernels.numba.outer_tiles import begin_tiles, end_tiles
 from moebius.kernels.numba.panels import float_bytes, floats_at, make_panels, pack_inputs, unpack_floats
 from moebius.kernels.numba.units import (
     CONTRACT,
@@ -71,6 +72,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
         The next unit is taken before one is computed, so that its first rows can be asked for at the end.
         """
         layer = word(job, words.LAYER)
+        begin_tiles(job)
         phase, place, start = take_unit(job, layer)
         while phase != NONE:
             next_phase, next_place, next_start = take_unit(job, layer)
@@ -90,6 +92,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
                     prepare(job, layer, place, element)
                 report(job)
             phase, place, start = next_phase, next_place, next_start
+        end_tiles(job)
 
     return work
 

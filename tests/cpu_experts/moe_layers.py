@@ -62,17 +62,17 @@ def expected_quantized(
     """
     limit = {"int8": 127 * 256, "int4": 127}[store.layout.format]
     few = FEW[store.layout.format]
-    return _sum_up(
+    return sum_up(
         store, x, routes, out, lambda values: round_to_groups(values, limit) if len(values) <= few else values.double()
     )
 
 
 def size_of_sums(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.Tensor:
     """Sums of the magnitudes of everything that is added to an output [T, H], in float64."""
-    return _sum_up(store, x, routes, torch.zeros(x.shape), torch.Tensor.double)[1]
+    return sum_up(store, x, routes, torch.zeros(x.shape), torch.Tensor.double)[1]
 
 
-def _sum_up(
+def sum_up(
     store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor, rounded: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spec, result, size = store.spec, out.double(), torch.zeros(out.shape, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,53 +17,79 @@ _ROOT = Path(__file__).parents[3]
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")
 
-# Formats of each kind, odd sizes, one, few and many tokens per expert, then the assembly of what just ran.
+# Formats of each kind, odd sizes, one, few and many tokens per expert, numbers that are none; then the assembly of all
+# that takes part. Intermediates in bf16 and activations in 8 bits, beside int4, are coarser than the rest.
 _CHECK = """
-import numpy as np, torch
+import sys, numpy as np, torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Act, Activation, ExpertSpec, RecordLayout
-from moebius.kernels.numba import work
+from moebius.kernels.numba import crew, jit, jobs, quantizer, routing, work
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 executor, torch_seed = CpuExecutor(2), torch.manual_seed(0)
 entries = {"bf16": work.work_bf16, "fp16": work.work_fp16, "int8": work.work_rounding_int8,
-           "int4": work.work_rounding_int4}
+           "int4": work.work_rounding_int4, "fp8": work.work_e4m3, "mxfp4": work.work_e2m1}
+def check(store, tokens, dtype):
+    ids = np.tile([0, 2], (tokens, 1))
+    routes = build_routes(ids, np.full((tokens, 2), 0.5, np.float32), 3)
+    x, out = torch.randn(tokens, 147).to(dtype), torch.zeros(tokens, 147)
+    if tokens > 1:
+        x[0, 3], x[1, 5] = float("nan"), float("inf")
+    executor.run(store, x, routes, out)
+    exact = torch.zeros(tokens, 147, dtype=torch.float64)
+    reference.moe_forward(store.spec, [store.weights(int(e)) for e in routes.experts], x, routes, exact)
+    rounds = dtype == torch.bfloat16 and store.layout.format != "fp16"
+    bound = 0.03 if rounds else {"int8": 2e-4, "int4": 0.03}.get(store.layout.format, 1e-5)
+    assert torch.isfinite(out[2:]).all() and not torch.isfinite(out[:2 if tokens > 1 else 0]).any()
+    rest = slice(2 if tokens > 1 else 0, None)
+    torch.testing.assert_close(out[rest].double(), exact[rest], rtol=bound, atol=bound)
 for format, entry in entries.items():
     for kind in (Act.SILU, Act.GELU_ERF):
         spec = ExpertSpec(147, 83, biased=True, activation=Activation(kind))
         store = ExpertStore.empty(spec, RecordLayout.of(spec, format), 3)
         pack(store.layout, store.records, {n: torch.randn(3, *s) * 0.1 for n, s in store.layout.shapes().items()})
         for tokens in (1, 3, 21):
-            ids = np.tile([0, 2], (tokens, 1))
-            routes = build_routes(ids, np.full((tokens, 2), 0.5, np.float32), 3)
-            x, out = torch.randn(tokens, 147), torch.zeros(tokens, 147)
-            executor.run(store, x, routes, out)
-            exact = torch.zeros(tokens, 147, dtype=torch.float64)
-            reference.moe_forward(spec, [store.weights(int(e)) for e in routes.experts], x, routes, exact)
-            bound = {"int8": 2e-4, "int4": 0.03}.get(format, 1e-5)  # int4: activations in 8 bits
-            torch.testing.assert_close(out.double(), exact, rtol=bound, atol=bound)
-    assembly = entry.compiled._library.get_asm_str()
-    assert "vpdpbusd" not in assembly
-    print(*(register for register in ("xmm", "ymm", "zmm") if "%" + register in assembly))
+            for dtype in (torch.float32, torch.bfloat16):
+                check(store, tokens, dtype)
+    print("--------", format)
+    print(entry.compiled._library.get_asm_str())
 executor.close()
+print("-------- rest")
+for module in (crew, jobs, quantizer, routing):
+    for entry in [value for value in vars(module).values() if isinstance(value, jit.Entry) and not value.callback]:
+        print(*entry.compiled.inspect_asm().values(), sep="")
 """
+_REGISTERS = {"portable": "xmm", "avx2": "xmm ymm", "avx512": "xmm ymm zmm", "amx": "xmm ymm zmm"}
+# What a level must not have: the encodings of AVX and later, and instructions that came with them, beside registers.
+_FORBIDDEN = {
+    "portable": r"\tv[a-z]|\t(andn|bextr|bls\w+|mulx|rorx|s[ah][lr]x|pdep|pext|popcnt|lzcnt)[lq]?\t|\t(pshufb|pmulld)",
+    "avx2": r"%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]|vpdp|vdpbf16ps",
+    "avx512": r"vpdp|vdpbf16ps|tmm",
+    "amx": r"vpdpws",
+}
 
 
 @x86
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "registers"), [("portable", "xmm"), ("avx2", "xmm ymm"), ("avx512", "xmm ymm zmm")])
+@pytest.mark.parametrize("level", _REGISTERS)
 def test_a_level_computes_the_same_with_its_own_instructions_only(
-    level: str, registers: str, tmp_path: Path, run_python: RunPython
+    level: str, tmp_path: Path, run_python: RunPython
 ) -> None:
     """Bug: an illegal instruction, or a library function that is not there, on a processor nobody tried."""
-    levels = list(isa._LEVELS)
-    needed = [f for name in levels[: levels.index(level) + 1] for f in isa._LEVELS[name][1]]
-    if not all(isa.llvmlite.binding.get_host_cpu_features().get(feature) for feature in needed):
-        pytest.skip(f"this processor has no {level}")
+    if level not in isa.levels():
+        pytest.skip(f"this machine has no {level}")
     done = run_python(_CHECK, cwd=_ROOT, path=(_ROOT,), MOEBIUS_ISA=level, MOEBIUS_CACHE_DIR=str(tmp_path))
-    assert done.stdout.split("\n")[:4] == [registers] * 4
+    parts = dict(part.split("\n", 1) for part in done.stdout.split("-------- ")[1:])
+    assert list(parts) == ["bf16", "fp16", "int8", "int4", "fp8", "mxfp4", "rest"]
+    for name, assembly in parts.items():
+        assert not (found := re.search(_FORBIDDEN[level], assembly)), f"{name}: {found}"
+        registers = [register for register in ("xmm", "ymm", "zmm") if f"%{register}" in assembly]
+        assert (
+            registers == _REGISTERS[level].split() if name != "rest" else set(registers) <= {*_REGISTERS[level].split()}
+        )
+    assert ("tdpbf16ps" in parts["bf16"]) == (level == "amx")
 
 
 @x86
@@ -70,7 +97,7 @@ def test_a_level_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyP
     """Bug: a forced level crashes with an illegal instruction instead of a message."""
     monkeypatch.setenv("MOEBIUS_ISA", "avx512")
     monkeypatch.setattr(isa.llvmlite.binding, "get_host_cpu_features", lambda: {"avx2": True})
-    with pytest.raises(RuntimeError, match="avx512f"):
+    with pytest.raises(RuntimeError, match=r"avx512f.* choose one of portable, or leave"):
         isa.apply_choice()
 
 
