@@ -1,6 +1,7 @@
 """The instruction set that kernels are compiled for: the processor's own, or a lower one for tests.
 
-``MOEBIUS_ISA=portable|avx2|avx512|amx`` limits all of this process's Numba code; set it before Numba compiles.
+``MOEBIUS_ISA=portable|avx2|avx512|amx`` limits all of this process's Numba code; set it before Numba compiles. Tiles
+(amx) are used only where they are asked for by name, until they have been seen to work on a processor that has them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def apply_choice() -> None:
         ValueError: no such level on this architecture.
         RuntimeError: the processor or the system lacks it, or Numba has already begun to compile for another.
     """
-    level = os.environ.get("MOEBIUS_ISA")
-    if not level:
+    level = _chosen()
+    if level is None:
         return
     if not _is_x86():
         if level != "portable":
@@ -85,8 +86,12 @@ def levels() -> list[str]:
 
 
 def has_tiles() -> bool:
-    """Whether code is compiled for a processor with AMX, whose tiles the system has granted to this process."""
-    return all(has_feature(name) for name in _TILES) and tiles_granted()
+    """Whether code is compiled for AMX: asked for by name, and the system has granted the tiles to this process."""
+    return _chosen() == "amx" and all(has_feature(name) for name in _TILES) and tiles_granted()
+
+
+def _chosen() -> str | None:
+    return os.environ.get("MOEBIUS_ISA") or None
 
 
 def has_feature(name: str) -> bool:

@@ -28,7 +28,7 @@ def test_layers_in_emulated_tiles(tmp_path: Path, run_python: RunPython) -> None
 
 _COMPILE = """
 from moebius.kernels.numba import isa, work
-isa.tiles_granted = lambda: True
+isa._chosen, isa.tiles_granted = lambda: "amx", lambda: True
 assert isa.has_tiles()
 print(work.work_bf16.compiled._library.get_asm_str())
 """
@@ -50,11 +50,21 @@ def test_processors_with_tiles_get_their_instructions(tmp_path: Path, run_python
 def test_tiles_that_the_system_refuses_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a processor with AMX under a system, or a sandbox, that does not grant it: an illegal instruction."""
     monkeypatch.setattr(isa, "has_feature", lambda name: True)
+    monkeypatch.setenv("MOEBIUS_ISA", "amx")
+    monkeypatch.setattr(isa, "tiles_granted", lambda: True)
+    assert isa.has_tiles()
     monkeypatch.setattr(isa, "tiles_granted", lambda: False)
     assert not isa.has_tiles()
     features = dict.fromkeys(isa._features("amx"), True)
     monkeypatch.setattr(isa.llvmlite.binding, "get_host_cpu_features", lambda: features)
     assert isa.levels() == ["portable", "avx2", "avx512"]
-    monkeypatch.setenv("MOEBIUS_ISA", "amx")
     with pytest.raises(RuntimeError, match=r"permission.*portable, avx2, avx512"):
         isa.apply_choice()
+
+
+def test_tiles_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: what never ran on hardware becomes what everybody with such a processor gets."""
+    monkeypatch.setattr(isa, "has_feature", lambda name: True)
+    monkeypatch.setattr(isa, "tiles_granted", lambda: True)
+    monkeypatch.delenv("MOEBIUS_ISA", raising=False)
+    assert not isa.has_tiles()
