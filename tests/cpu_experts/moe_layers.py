@@ -72,6 +72,28 @@ def size_of_sums(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.T
     return sum_up(store, x, routes, torch.zeros(x.shape), torch.Tensor.double)[1]
 
 
+def size_of_bf16(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """How far outputs [T, H] may be off where experts compute in bf16, as many tokens beside bf16 inputs do; else zeros.
+
+    Twice what the rounding of weights to bf16 changes, expert by expert, and the rounding of intermediates.
+    """
+    size = torch.zeros(x.shape, dtype=torch.float64)
+    if x.dtype != torch.bfloat16:
+        return size
+    for i, expert in enumerate(routes.experts):
+        pairs = slice(int(routes.offsets[i]), int(routes.offsets[i + 1]))
+        tokens, scale = torch.from_numpy(routes.tokens[pairs]).long(), torch.from_numpy(routes.weights[pairs])[:, None]
+        exact, rounded = (
+            reference.expert_forward(
+                store.spec, ExpertWeights(*(None if part is None else part.to(dtype).double() for part in weights)),
+                x[tokens].double(),
+            )
+            for weights in [store.weights(int(expert))] for dtype in (torch.float64, torch.bfloat16)
+        )  # fmt: skip
+        size.index_add_(0, tokens, 2 * (scale * (exact - rounded)).abs())
+    return size + size_of_sums(store, x, routes) / 128
+
+
 def sum_up(
     store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor, rounded: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:

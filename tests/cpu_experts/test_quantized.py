@@ -20,7 +20,7 @@ from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights, 
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 
-from .moe_layers import expected_quantized, random_routes, random_store
+from .moe_layers import expected_quantized, random_routes, random_store, size_of_bf16
 
 ACTIVATIONS = [
     Activation(),
@@ -70,10 +70,8 @@ def test_equals_the_same_rounding_in_float64(executors: dict[int, CpuExecutor], 
     routes, out = random_routes(tokens, k, experts, seed), torch.full((tokens, spec.hidden), 0.25)
     exact, size_of_sums = expected_quantized(store, x, routes, out)
     executors[data.draw(st.sampled_from(sorted(executors)), "threads")].run(store, x, routes, out)
-    # beside bf16 inputs, weights and intermediates of experts with many pairs are rounded to bf16, which shows most
-    # where the sum of a gate cancels; other inputs take the same ways in fp32
-    bound = max(TOLERANCE[format], 0.05 if x.dtype == torch.bfloat16 else 0)
-    assert ((out.double() - exact).abs() <= bound * size_of_sums + 1e-5).all()
+    bound = TOLERANCE[format] * size_of_sums + size_of_bf16(store, x, routes) + 1e-5
+    assert ((out.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 40])

@@ -71,7 +71,7 @@ def test_what_no_trace_can_hold_is_refused(tmp_path: Path) -> None:
 def test_replay_repeats_what_live_execution_decided(policy: str, tmp_path: Path) -> None:
     """Decisions that depend on anything but ids, prices, chances and the order of completion, all of them on file."""
     model = zoo.build("qwen3_moe")
-    moebius.patch(model, device="emulated", gpu_memory=0.3, cache_policy=policy, emulated_link=0.05)
+    moebius.patch(model, device="emulated", gpu_memory=0.3, cache_policy=policy, emulated_link=5.0)
     logs = start_event_logs(model)
     generator = torch.Generator().manual_seed(0)
     for length in [6, *[1] * 60]:
