@@ -20,6 +20,7 @@ from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes, select
+from moebius.predictors.costs import CostModel, ExpertCost
 from moebius.predictors.forecaster import Forecaster
 
 _SIZE, _EXPERTS = 32, 2
@@ -93,9 +94,12 @@ def tune_tiles(config: PreTrainedConfig, format: str, device: torch.device) -> I
 
 
 def _use_policy() -> None:
-    """One step of the default cache policy and of a predictor."""
+    """One step of the default cache policy, of a predictor, and of the split between processors."""
     policy, experts = make_policy(Options().cache_policy, [_EXPERTS]), np.arange(1, dtype=np.int32)
     select(build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), _EXPERTS), np.ones(1, bool))
     policy.used(0, experts, np.zeros(1, bool))
     policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
+    costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
+    costs.split(tokens, np.zeros(1, bool))
+    costs.observe_cpu(tokens, 1.0, 0.0)

@@ -109,7 +109,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     yield
     assert_same_weights(model, before)
     assert _facts(model) == facts
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def _facts(model: nn.Module) -> list[Any]:

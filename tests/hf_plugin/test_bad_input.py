@@ -47,7 +47,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cpu_memory": "many"}, ValueError, r"memory 'many' .*\"8GiB\""),
     ({"cpu_memory": 0.9}, ValueError, r"cpu_memory=0\.9 is 353,894 bytes, .*take 393,216: .*from_pretrained"),
     ({"cache_policy": "fifo"}, ValueError, r"cache_policy='fifo' is unknown; use one of lru"),
-    ({"predictor": "oracle"}, ValueError, r"predictor='oracle' is unknown; use one of next_gate"),
+    ({"predictor": "oracle"}, ValueError, r"predictor='oracle' is unknown; use one of blend, next_gate_residual"),
     ({"expert_format": "int3"}, ValueError, r"expert_format='int3' is unknown; use one of native"),
     ({"expert_format": None}, ValueError, r"expert_format=None is unknown; use one of native"),
     ({"device": "tpu"}, ValueError, r"device='tpu' is unknown; use \"auto\""),

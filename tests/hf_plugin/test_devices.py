@@ -60,7 +60,7 @@ def test_each_layer_uses_the_cache_of_its_device(two_devices: list[EmulatedDevic
         assert not first.cache.counters.uploads[[1, 4]].any()
         assert not second.cache.counters.uploads[[0, 2, 3, 5]].any()
     assert [device.name for device in two_devices] == list(NAMES)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_budgets_and_statistics_are_per_device(two_devices: list[EmulatedDevice]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -149,12 +150,16 @@ def test_any_operation_may_fail(first: int) -> None:
     with patched(model, device="emulated", gpu_memory=1.0):
         for number in numbers:
             moebius.resize(model, gpu_memory=1.0)
-            with FailingOperation(number) as mode, suppress(torch.OutOfMemoryError):  # in generate's own code
-                assert greedy(model, ids) == want
-                went_on += 1
+            with FailingOperation(number) as mode:
+                try:
+                    assert greedy(model, ids) == want
+                    went_on += 1
+                except torch.OutOfMemoryError as error:  # in generate's own code, between two forwards
+                    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+                    assert not passed & {"forward", "_forward"}, passed
             assert mode.left <= 0
             assert greedy(model, ids) == want
-    assert went_on >= len(numbers) - 1
+    assert went_on >= len(numbers) // 2
 
 
 def test_memory_that_stays_short() -> None:

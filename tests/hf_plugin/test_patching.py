@@ -345,7 +345,7 @@ def test_resize_changes_the_budget_at_run_time() -> None:
             assert moebius.stats(model).slots == 1
         assert moebius.stats(model).to_dict()["tokens"] == tokens == 4 * (ids.numel() + 14)
         assert greedy(model, ids) == want
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_everything_resident_needs_no_cpu() -> None:

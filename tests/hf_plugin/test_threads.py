@@ -185,7 +185,7 @@ def test_an_error_of_the_copy_thread_reaches_the_caller(monkeypatch: pytest.Monk
     with patched(model, **EMULATED):
         with monkeypatch.context() as broken:
             broken.setattr(EmulatedDevice, "_wait_for_link", _broken)
-            with pytest.raises(RuntimeError, match=r"uploading expert .* failed") as error:
+            with pytest.raises(RuntimeError, match=r"upload.* failed") as error:
                 _many_forwards(model, ids)
             assert isinstance(error.value.__cause__, BrokenError)
             _runtime(model).tiers[0].cache._pools[0].settle()
@@ -305,7 +305,7 @@ def test_a_dropped_model_gives_all_back(use: bool, options: dict[str, Any]) -> N
     with _without_cycle_collection():
         del layers, model
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 @threaded
@@ -325,7 +325,7 @@ def test_a_dropped_copy_gives_all_back(options: dict[str, Any]) -> None:
     with _without_cycle_collection():
         del model, twin
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 @threaded
@@ -343,7 +343,7 @@ def test_unpatch_gives_threads_and_memory_back(options: dict[str, Any]) -> None:
         del layers
         moebius.unpatch(model)
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert stats.to_dict()["tokens"] > 0
 
 
@@ -358,7 +358,7 @@ def test_cycles_leak_nothing(cycles: int) -> None:
     for cycle in range(cycles):
         with patched(model, **THREADED[cycle % 2]):
             assert greedy(model, ids) == want
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         resident.append(process.memory_info().rss)
     leaked = (cycles - 10) * experts_bytes // 2  # half of what would remain if each cycle leaked its experts
     assert resident[-1] - resident[9] < leaked
