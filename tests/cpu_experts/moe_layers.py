@@ -73,7 +73,7 @@ def size_of_sums(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.T
 
 
 def size_of_bf16(store: ExpertStore, x: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """How far outputs [T, H] may be off where experts compute in bf16, as many tokens beside bf16 inputs do; else zeros.
+    """How far outputs [T, H] may be off where experts compute in bf16 (many tokens, in bf16); else zeros.
 
     Twice what the rounding of weights to bf16 changes, expert by expert, and the rounding of intermediates.
     """
