@@ -173,7 +173,8 @@ def _measure(
     progress: Callable[[str, float], None],
 ) -> Row:
     shape, layout, random = source.shape, stores[0].layout, np.random.default_rng(0)
-    x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(1)).to(layout.dtype)
+    inputs = torch.bfloat16 if layout.quantized else layout.dtype  # what a model computes in
+    x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(1)).to(inputs)
     out = torch.zeros(tokens, shape.hidden)
     times, speeds, stream_speeds, error = [], [], [], 0.0
     with RecordReader(executor.threads) as reader:
