@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -24,14 +22,6 @@ FORMATS = [
 ]  # fmt: skip
 ACTIVATIONS = [Activation(), Activation(Act.SILU, 1.702, 7.0, up_max=7.0, up_shift=1.0), Activation(Act.GELU_ERF)]
 TOLERANCE = 2e-6  # of the magnitudes that are summed, in fp32
-
-
-@pytest.fixture(scope="module")
-def executors() -> Iterator[dict[int, CpuExecutor]]:
-    made = {threads: CpuExecutor(threads) for threads in (1, 2, 5)}
-    yield made
-    for executor in made.values():
-        executor.close()
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,14 +30,6 @@ ACTIVATIONS = [
     Activation(Act.RELU2),
     Activation(Act.SOFTCAP_SILU, gate_max=3.0, up_max=2.0),
 ]
-
-
-@pytest.fixture(scope="module")
-def executors() -> Iterator[dict[int, CpuExecutor]]:
-    made = {threads: CpuExecutor(threads) for threads in (1, 2, 5)}
-    yield made
-    for executor in made.values():
-        executor.close()
 
 
 def _run(executor: CpuExecutor, store, x, routes, out=None) -> torch.Tensor:  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -30,14 +29,6 @@ ACTIVATIONS = [
 ]
 BITS = {"int4": 4, "int8": 8}
 TOLERANCE = {"int8": 1e-4, "int4": 1e-2}  # one step of a rounded intermediate, and fp32 sums
-
-
-@pytest.fixture(scope="module")
-def executors() -> Iterator[dict[int, CpuExecutor]]:
-    made = {threads: CpuExecutor(threads) for threads in (1, 2, 5)}
-    yield made
-    for executor in made.values():
-        executor.close()
 
 
 def _before_a_guard_page(records: torch.Tensor) -> torch.Tensor:

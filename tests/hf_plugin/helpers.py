@@ -105,11 +105,11 @@ def assert_same_weights(model: nn.Module, before: dict[str, Tensor]) -> None:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Checks that the block leaves the model as it was: bits, flags, attributes of every module, threads."""
-    before, facts, threads = weights(model), _facts(model), threading.active_count()
+    before, facts, threads = weights(model), _facts(model), set(threading.enumerate())
     yield
     assert_same_weights(model, before)
     assert _facts(model) == facts
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
 
 
 def _facts(model: nn.Module) -> list[Any]:

@@ -29,13 +29,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
     def choose(**options: Any) -> FakeDriver:
         nonlocal threads
-        threads = threading.active_count()
+        threads = set(threading.enumerate())
         drivers.append(FakeDriver(**options))
         monkeypatch.setattr(tiers, "open_device", lambda name, link: AcceleratorDevice(drivers[-1]))
         return drivers[-1]
 
     yield choose
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
     assert all(driver.registered == set() for driver in drivers), "pages that stay pinned"
 
 

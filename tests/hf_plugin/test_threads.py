@@ -295,17 +295,17 @@ def test_a_dropped_model_gives_all_back(use: bool, options: dict[str, Any]) -> N
     """Catches a reference cycle, registry or thread that keeps the experts of a model nobody has any more."""
     model = zoo.build("qwen3_moe")
     ids = prompt(model, 1)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     moebius.patch(model, **options)
     if use:
         greedy(model, ids)
-        assert threading.active_count() > threads
+        assert set(threading.enumerate()) - threads
     layers = [module.__dict__["_moebius"] for module in helpers.experts_modules(model)]
     watched = [weakref.ref(thing) for thing in (model, layers[0].runtime, *layers, *(x.store for x in layers))]
     with _without_cycle_collection():
         del layers, model
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
 
 
 @threaded
@@ -315,7 +315,7 @@ def test_a_dropped_copy_gives_all_back(options: dict[str, Any]) -> None:
 
     model = zoo.build("qwen3_moe")
     ids = prompt(model, 1)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     moebius.patch(model, **options)
     twin = copy.deepcopy(model)
     greedy(model, ids)
@@ -325,7 +325,7 @@ def test_a_dropped_copy_gives_all_back(options: dict[str, Any]) -> None:
     with _without_cycle_collection():
         del model, twin
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
 
 
 @threaded
@@ -333,7 +333,7 @@ def test_unpatch_gives_threads_and_memory_back(options: dict[str, Any]) -> None:
     """Catches stores, caches or threads that outlive unpatch, even while the statistics are kept."""
     model = zoo.build("qwen3_moe")
     ids = prompt(model, 1)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     moebius.patch(model, **options)
     greedy(model, ids)
     layers = [module.__dict__["_moebius"] for module in helpers.experts_modules(model)]
@@ -343,7 +343,7 @@ def test_unpatch_gives_threads_and_memory_back(options: dict[str, Any]) -> None:
         del layers
         moebius.unpatch(model)
         assert [reference() for reference in watched] == [None] * len(watched)
-    assert threading.active_count() <= threads
+    assert set(threading.enumerate()) <= threads
     assert stats.to_dict()["tokens"] > 0
 
 
@@ -353,12 +353,12 @@ def test_cycles_leak_nothing(cycles: int) -> None:
     model = zoo.build("qwen3_moe")
     ids, before = prompt(model), helpers.weights(model)
     want = greedy(model, ids)
-    process, threads, resident = psutil.Process(), threading.active_count(), []
+    process, threads, resident = psutil.Process(), set(threading.enumerate()), []
     experts_bytes = sum(p.nbytes for m in helpers.experts_modules(model) for p in m.parameters())
     for cycle in range(cycles):
         with patched(model, **THREADED[cycle % 2]):
             assert greedy(model, ids) == want
-        assert threading.active_count() <= threads
+        assert set(threading.enumerate()) <= threads
         resident.append(process.memory_info().rss)
     leaked = (cycles - 10) * experts_bytes // 2  # half of what would remain if each cycle leaked its experts
     assert resident[-1] - resident[9] < leaked
