@@ -115,11 +115,6 @@ def _check_state(
     loaded: bool,
 ) -> None:
     where = f"experts module {name!r}"
-    if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in (module, owner)):
-        raise ValueError(
-            f"{where} is offloaded by accelerate (device_map), which copies whole layers on every call; load the model "
-            "without a device_map, or with every module on one device, and patch that"
-        )
     if getattr(module, "_is_expert_parallel", False) or _is_distributed(tensors):
         raise ValueError(f"{where} is split over processes (tensor or expert parallel); load the model without tp_plan")
     if "parametrizations" in module._modules or _lora_on_experts(model, name):

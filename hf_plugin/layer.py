@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")
-_MISSING = object()
 # whether state dicts show experts as what stands for them on the meta device
 SHAPES_ONLY: ContextVar[bool] = ContextVar("SHAPES_ONLY", default=False)
 _ids = itertools.count()
@@ -56,7 +55,7 @@ class PatchedLayer:
         self._convention, self._identity_experts = site.convention, site.identity_experts
         self._arguments = _argument_names(site.module)
         self._module_ref, self._owner_ref, self._parent_ref = ref(site.module), ref(site.owner), ref(parent)
-        self._former_forward = site.module.__dict__.get("forward", _MISSING)
+        self._former_forward = site.module.__dict__.get("forward")  # what a hook of accelerate put there
         self.held: HeldWeights = held
         self._spec = site.spec
         self.store = replace(self.held.store, spec=self._spec)
@@ -86,7 +85,7 @@ class PatchedLayer:
         for name in _STATE_METHODS:
             owner.__dict__.pop(name, None)  # installing may have been interrupted
         module.__dict__.pop(ATTRIBUTE, None)
-        if self._former_forward is _MISSING:
+        if self._former_forward is None:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = self._former_forward
@@ -192,6 +191,7 @@ class PatchedLayer:
         new.__dict__.update(self.__dict__)
         new._module_ref, new._owner_ref = ref(memo[id(self._module())]), ref(memo[id(self._owner())])
         new._parent_ref = ref(memo.get(id(self._parent()), new._module()))
+        new._former_forward = copy.deepcopy(self._former_forward, memo)
         new.held = copy.deepcopy(self.held, memo)
         new.gate = self.gate.copied(memo)
         new._spec = replace(self._spec, post_norm=copy.deepcopy(self._spec.post_norm, memo))

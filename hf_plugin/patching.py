@@ -12,7 +12,7 @@ from torch import nn
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
-from moebius.hf_plugin import memory_guard, saving
+from moebius.hf_plugin import memory_guard, offload, saving
 from moebius.hf_plugin.discovery import ExpertsSite, find_sites
 from moebius.hf_plugin.gates import parent_of
 from moebius.hf_plugin.held import HeldWeights
@@ -54,12 +54,13 @@ def patch(model: Model, **options: Any) -> Model:
     chosen = make_options(options)
     if is_patched(model):
         raise ValueError("the model is already patched; call moebius.unpatch(model) first, then patch with new options")
-    sites = find_sites(model)
-    check_budget(chosen, sites)
-    _check_host_memory(chosen, sites)
-    formats = [_lossless_format(site, chosen) for site in sites]
     layers: list[PatchedLayer] = []
+    offload.bring_in(model)
     try:
+        sites = find_sites(model)
+        check_budget(chosen, sites)
+        _check_host_memory(chosen, sites)
+        formats = [_lossless_format(site, chosen) for site in sites]
         for layer in make_layers(model, sites, formats, chosen):
             layers.append(layer)
             layer.install()
@@ -228,7 +229,8 @@ def _survives(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
 
 
 def _to_device(model: nn.Module, runtime: ModelRuntime) -> None:
-    """Move all but the experts to the accelerator, if the model is on the CPU as a whole."""
+    """Move all but the experts to the accelerator: what accelerate has offloaded, or a model on the CPU as a whole."""
+    offload.settle(model)
     target = torch.device(runtime.options.device if runtime.options.device != "emulated" else "cpu")
     devices = {p.device.type for p in model.parameters()} - {"meta"}
     runtime.moved = target.type != "cpu" and devices == {"cpu"}
@@ -244,6 +246,7 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
         if runtime is not None:
             moved |= runtime.moved
             runtime.release(layer)
+    offload.send_back(model)
     if moved:
         model.to("cpu")
     for module in model.modules():

@@ -183,24 +183,6 @@ def test_experts_on_meta_alone() -> None:
     assert not moebius.is_patched(model)
 
 
-@pytest.mark.parametrize("options", PLACES, ids=["cpu", "emulated"])
-def test_experts_offloaded_by_accelerate(options: dict[str, Any]) -> None:
-    """Catches weights that are on meta between calls, and hooks that would copy whole layers."""
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_module
-
-    model = zoo.build("qwen3_moe")
-    ids, before = prompt(model), helpers.weights(model)
-    want = logits(model, ids)
-    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
-    with pytest.raises(ValueError, match=r"is offloaded by accelerate .* without a device_map"):
-        moebius.patch(model, **options)
-    assert not moebius.is_patched(model)
-    assert_close(logits(model, ids), want)
-    remove_hook_from_module(model, recurse=True)
-    helpers.assert_same_weights(model, before)
-
-
 def test_experts_split_by_tensor_parallelism() -> None:
     """Catches a local shard that is taken for all of the weights."""
     import torch.distributed as dist

@@ -103,6 +103,28 @@ def test_memory_that_runs_out_on_the_device() -> None:
     assert (got - want).norm() < 0.01 * want.norm()
 
 
+def test_a_model_that_accelerate_offloads() -> None:
+    """Catches weights that stay in host memory, or are still copied in every call, after `device_map="auto"`."""
+    from accelerate import dispatch_model
+
+    model = helpers.trained()
+    ids = prompt(model)
+    want = logits(model, ids)
+    parts = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), 0)
+    layers = {f"model.layers.{number}": 0 if number < 2 else "cpu" for number in range(6)}
+    model = dispatch_model(model, parts | layers)
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    with patched(model, device="cuda", gpu_memory=0.5):
+        assert {p.device.type for n, p in model.named_parameters() if "experts" not in n} == {"cuda"}
+        for _ in range(3):
+            assert_close(logits(model, ids.to("cuda")).cpu(), want)
+        assert moebius.stats(model).sums.hits > 0
+    kept = model.model.layers[5].self_attn.q_proj._hf_hook.weights_map.dataset.state_dict
+    assert {tensor.device.type for tensor in kept.values()} == {"cpu"}
+    assert away == [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    assert_close(logits(model, ids.to("cuda")).cpu(), want)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_over_two_devices() -> None:
     """Catches hidden states computed on the wrong device, and a cache that only the first has."""
