@@ -12,6 +12,7 @@ import torch
 
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Timed
+from moebius.hf_plugin.crossing import send, to_host, zeros
 from moebius.hf_plugin.streaming import DeviceShare, Launched
 from moebius.hf_plugin.timeline import CPU, DEVICE, LAYERS
 from moebius.kernels.routes import Routes, build_routes, select
@@ -90,7 +91,9 @@ def run_layer(
     begun = perf_counter()
     tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
     question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
-    host_x, host_ids, host_weights = to_host(x, ids, weights)
+    host_x, found_ids, found_weights, *answer = to_host(x, ids, weights, *(() if question is None else question.asked))
+    question = None if question is None else question._replace(asked=tuple(answer))
+    host_ids, host_weights = found_ids.numpy(), found_weights.float().numpy()
     routes = build_routes(host_ids, host_weights, layer.store.num_experts)
     step = Step(x, host_x, host_ids, routes, question)
     if runtime.recorder is not None:
@@ -110,22 +113,9 @@ def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> tor
     runtime.counters[layer.index].misses += len(step.routes.tokens)
     if step.question is not None:
         _foresee(runtime, step.question, layer.index, step.ids)
-    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
+    out = zeros(step.host_x, step.x.device)
     _on_cpu(runtime, layer, step, np.ones(len(step.routes.experts), bool), out)
-    return out.to(step.x.device, step.x.dtype)
-
-
-def to_host(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Hidden states, ids and float32 weights in host memory, by one copy where they are on a device."""
-    if x.device.type == "cpu":
-        return x.contiguous(), ids.numpy(), weights.float().numpy()
-    parts = (x.contiguous(), ids.to(torch.int32), weights.float())
-    host = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts]).cpu()
-    pieces = host.split([part.nbytes for part in parts])
-    host_x, host_ids, host_weights = (
-        piece.clone().view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)
-    )
-    return host_x, host_ids.numpy(), host_weights.numpy()
+    return send(out, step.x.device).to(step.x.dtype)
 
 
 def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step) -> torch.Tensor:
@@ -162,7 +152,7 @@ def _on_cpu_meanwhile(
     """
     if share.launched and not share.waiting and not mine.any():
         return None  # and nothing to send back
-    out = torch.zeros(step.host_x.shape, dtype=torch.float32)
+    out = zeros(step.host_x, tier.device)
     pairs, took = step.routes.counts, 0.0
     for part in _parts(tier, pairs, mine) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step, part, out)
@@ -204,7 +194,7 @@ def _merge(
 ) -> torch.Tensor:
     if not launched:
         assert out is not None
-        return out.to(x.device, x.dtype)
+        return send(out, x.device).to(x.dtype)
     begun = perf_counter()
     on_device = launched[-1].launch.result()
     waited = perf_counter() - begun
@@ -216,7 +206,7 @@ def _merge(
             runtime.timeline.watch(DEVICE, f"layer {index}", launch.completion, **facts)
     runtime.count_launches(index)
     tier.launches.setdefault(index, []).extend(Ran(one.launch.completion, one.tokens) for one in launched)
-    merged = on_device if out is None else on_device + out.to(on_device.device)
+    merged = on_device if out is None else on_device + send(out, on_device.device)
     return merged.to(x.device, x.dtype)
 
 

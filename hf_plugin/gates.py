@@ -68,18 +68,18 @@ class LayerGate:
     def _candidates(self, parent: nn.Module, k: int) -> Iterator[Gate]:
         route, owner = getattr(type(parent), "route_tokens_to_experts", None), ref(parent)
         for router in parent.children():
-            known = any(p.ndim == 2 and p.shape[0] >= self._num_experts for p in router.parameters())
-            extra = _extra_arguments(router, parent)
-            if not known or extra is None:
+            wide = (p for p in router.parameters() if p.ndim == 2 and p.shape[0] >= self._num_experts)
+            weight, extra = next(wide, None), _extra_arguments(router, parent)
+            if weight is None or extra is None:
                 continue
             forward = partial(type(router).forward, router, **extra)
             for form in (_flat, _batched) if route is None else (_flat, _batched, partial(_routed, route, owner)):
-                yield partial(_ask, form, forward, k, self._num_experts)
+                yield partial(_ask, form, forward, weight, k, self._num_experts)
 
 
 @torch.no_grad()
-def _ask(form: Any, forward: Any, k: int, num_experts: int, x: torch.Tensor) -> Routing:
-    output = form(forward, x)
+def _ask(form: Any, forward: Any, weight: nn.Parameter, k: int, num_experts: int, x: torch.Tensor) -> Routing:
+    output = form(forward, x.to(weight.device))  # the layer before may be on another device
     tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
     return Routing(_ids(tensors, k, num_experts), _scores(tensors, k, num_experts))
 
@@ -129,7 +129,7 @@ def _scores(tensors: list[torch.Tensor], k: int, num_experts: int) -> torch.Tens
     """A score of each routed expert, float [T, E], if the router returns one: the first tensor that is wide enough."""
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.shape[-1] >= max(num_experts, k + 1):
-            return tensor.flatten(0, -2)[:, :num_experts]
+            return tensor.flatten(0, -2).narrow(1, 0, num_experts)
     return None
 
 

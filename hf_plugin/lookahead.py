@@ -25,7 +25,8 @@ _LITTLE_US = 1e-3
 class Question(NamedTuple):
     """A step that is foreseen."""
 
-    routing: Routing | None  # what the next layer's router says of its tokens, where that is known
+    # What the next layer's router says of its tokens: ids [T, k] and, where it gives them, scores [T, E]; else nothing.
+    asked: tuple[torch.Tensor, ...]
     took_s: float
 
 
@@ -67,7 +68,8 @@ class Lookahead:
     def ask(self, layer: int, x: torch.Tensor, tier: Tier | None) -> Question | None:
         """Ask the next layer's router about hidden states x [T, H], where they are; None for no forecast at all.
 
-        To be called before the host waits for a device, so that the answer comes with what the host waits for.
+        The answer is where x is: it goes to the host with what the host waits for anyway. Later, it would have to wait
+        for the experts that the device computes meanwhile.
 
         Args:
             tier: of the layer, if it has one, by whose costs the predictor rests.
@@ -81,7 +83,8 @@ class Lookahead:
         if not self._looking:
             return None
         routing = self._route(layer, x) if len(x) <= MAX_TOKENS else None
-        return Question(routing, perf_counter() - begun)
+        asked = () if routing is None else (routing.ids,) if routing.scores is None else (routing.ids, routing.scores)
+        return Question(tuple(tensor.to(x.device) for tensor in asked), perf_counter() - begun)
 
     def foresee(
         self, question: Question, layer: int, ids: np.ndarray, tier: Tier | None, host: HostTier | None
@@ -89,6 +92,7 @@ class Lookahead:
         """`layer` routed this step's tokens to `ids` [T, k]; bring in what the next layer is likely to lack.
 
         Args:
+            question: with the answer in host memory.
             tier: of the next layer, None if it has none.
             host: the tier of host memory, if that is a cache of a file.
         """
@@ -98,7 +102,7 @@ class Lookahead:
             for number, habits in enumerate(self._habits):
                 self.forecaster.adopt(number, habits)
         target, forecaster = layer + 1, self.forecaster
-        hint = None if question.routing is None else to_host(question.routing)
+        hint = hint_of(question.asked)
         if target == len(self._experts):
             forecaster.advance(layer, ids, None, None, 1.0, 0)
         elif tier is not None:
@@ -190,12 +194,9 @@ class Lookahead:
         return gate(x if self._offsets is None else self._offsets.move(layer + 1, x))
 
 
-def to_host(routing: Routing) -> Hint:
-    """The same in host memory, by one copy where it is on a device."""
-    ids, scores = routing.ids, routing.scores
-    if scores is None:
-        return Hint(NO_SCORES, ids.to("cpu", torch.int32).contiguous().numpy())
-    if ids.device.type != "cpu":
-        both = torch.cat([scores.float(), ids.float()], 1).cpu()  # ids are exact in fp32 up to 2^24
-        scores, ids = both[:, : scores.shape[1]], both[:, scores.shape[1] :]
-    return Hint(scores.float().contiguous().numpy(), ids.to(torch.int32).contiguous().numpy())
+def hint_of(answer: Sequence[torch.Tensor]) -> Hint | None:
+    """`Question.asked`, in host memory, as the forecaster wants it."""
+    if not answer:
+        return None
+    scores = answer[1].float().numpy() if len(answer) > 1 else NO_SCORES
+    return Hint(np.ascontiguousarray(scores), np.ascontiguousarray(answer[0].numpy(), np.int32))

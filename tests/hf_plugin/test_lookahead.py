@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moebius
-from moebius.hf_plugin.lookahead import Lookahead, to_host
+from moebius.hf_plugin.lookahead import Lookahead, hint_of
 from moebius.predictors.routing import PREDICTORS, Routing
 from moebius.predictors.switch import BURST, Switch
 from tests import zoo
@@ -151,11 +151,15 @@ def test_without_a_gate_ids_still_foresee(name: str) -> None:
 def test_answers_come_to_the_host_as_they_are() -> None:
     """Catches ids that lose their type, and scores in a type that numpy does not know."""
     scores = torch.randn(3, E, dtype=torch.bfloat16)
-    hint = to_host(Routing(scores.topk(2).indices, scores))
+    hint = hint_of((scores.topk(2).indices, scores))
+    assert hint is not None
     assert hint.ids.tolist() == scores.topk(2).indices.tolist()
     assert hint.scores.tolist() == scores.float().tolist()
     assert (hint.ids.dtype, hint.scores.dtype) == (np.int32, np.float32)
-    assert len(to_host(Routing(scores.topk(2).indices, None)).scores) == 0
+    without = hint_of((scores.topk(2).indices,))
+    assert without is not None
+    assert len(without.scores) == 0
+    assert hint_of(()) is None
 
 
 def test_a_model_whose_gates_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
