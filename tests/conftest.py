@@ -1,4 +1,4 @@
-"""What all tests share: the skipping of GPU tests, and Python in a process of its own."""
+"""What all tests share: torch on one thread, the skipping of GPU tests, and Python in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Torch's sums then do not depend on the machine, and its threads do not spin beside those of the CPU's experts.
+torch.set_num_threads(1)
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 

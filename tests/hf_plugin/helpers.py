@@ -38,15 +38,6 @@ def patched(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]
         moebius.unpatch(model)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread within the block: its sums do not depend on the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The trained tiny model, loaded anew."""
     return AutoModelForCausalLM.from_pretrained(TRAINED, dtype=dtype).eval()

@@ -57,14 +57,6 @@ def recorded(name: str) -> Iterator[None]:
     passed[name] += 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything about a model that unpatch has to give back; two snapshots compare field by field."""

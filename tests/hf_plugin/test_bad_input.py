@@ -18,12 +18,6 @@ from tests.hf_plugin.helpers import EMULATED, assert_close, everywhere, logits, 
 PLACES = ({"device": "cpu"}, EMULATED)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
-
-
 # ---- options
 
 EXPERT_BYTES = 3 * 64 * 32 * 4  # of zoo's qwen3_moe in float32

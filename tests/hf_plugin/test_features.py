@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +23,6 @@ from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EIGHT, EMULATED, assert_close, everywhere, logits, patched, prompt
 
 Decode = Callable[[PreTrainedModel, Tensor], Any]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
 
 
 def sampling(model: PreTrainedModel, ids: Tensor) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,6 @@ from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EMULATED, assert_close, logits, patched, prompt
 
 E, K, H = 8, 2, 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
 
 
 # ---- which functions are taken for a layer's routing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -20,12 +19,6 @@ from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, assert_same_weights, everywhere, logits, patched, prompt, unchanged
 
 TOTAL = 1000
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,6 @@ from tests.hf_plugin.helpers import EMULATED, assert_close, assert_same_weights,
 
 # one whose checkpoint has an entry per expert, an interleaved one with biases, one that packs in another order
 SAVED = ("qwen3_moe", "gpt_oss", "dbrx")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
 
 
 @everywhere

@@ -33,12 +33,6 @@ THREADED: list[dict[str, Any]] = [options | {"cpu_threads": 2} for options in PL
 threaded = pytest.mark.parametrize("options", THREADED, ids=PLACEMENTS.keys())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
-
-
 # ---- several threads
 
 

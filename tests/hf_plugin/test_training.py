@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,12 +17,6 @@ from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, everywhere, logits, patched, prompt, unchanged
 
 REMEDY = r"moebius\.unpatch\(model\)"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with helpers.one_thread():
-        yield
 
 
 @everywhere
