@@ -143,11 +143,15 @@ class AcceleratorDevice(Device):
 
     def unpin(self, host: torch.Tensor) -> None:
         self._driver.synchronize()  # no copy may be reading it
-        self._driver.unregister(host)
+        if (refusal := self._driver.unregister(host)) is not None:
+            logger.warning("host memory of experts stays pinned (%s)", refusal)
         self._pinned.discard(host.untyped_storage().data_ptr())
 
     def free_memory(self) -> int:
         return self._driver.free_memory()
+
+    def trim(self) -> None:
+        self._driver.trim()
 
     def close(self) -> None:
         self._staging.close()

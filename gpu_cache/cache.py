@@ -258,6 +258,7 @@ class ExpertCache:
         former = [pool.table.slots for pool in self._pools]
         try:
             self._drop_pools()
+            self.device.trim()  # else torch keeps the block, lets others have a piece of it, and no pool fits there
             self._pools = self._make_pools(slots)
         except BaseException:
             if former:
@@ -283,6 +284,11 @@ class ExpertCache:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
         self._give_back()
         self._pools = []
+        self.device.trim()
+
+    def abandon(self) -> None:
+        """Leave everything as it is, in the child of a fork: threads, copies and pages are the parent's."""
+        self._give_back.detach()
 
     @property
     def price(self) -> float:

@@ -110,6 +110,9 @@ class Device(ABC):
     def free_memory(self) -> int:
         """Bytes that could be allocated now."""
 
+    def trim(self) -> None:  # noqa: B027 (most devices keep nothing)
+        """Let others have the memory of dropped pools, where an allocator keeps it."""
+
     @abstractmethod
     def close(self) -> None:
         """Wait for running work, drop what is queued, give threads back. Idempotent; the device can be used again."""

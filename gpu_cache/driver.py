@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for all devices, not for the one alone that registers the pages
+
 
 class Driver:
     """torch's calls for one device. Streams and events are those of its device module: ``torch.cuda``, ``torch.xpu``.
@@ -59,20 +61,30 @@ class Driver:
         """Pin the pages of a host tensor in place; why not, where this is refused."""
         if not hasattr(self._module, "cudart"):
             return f"torch registers no host memory for {self.device.type}"
-        code = int(self._module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        if code == 0:
+        with self.on_device():  # else the first device gets a context, and hundreds of MB with it, for another's sake
+            code = self._module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE)
+        return self._refusal(f"cudaHostRegister of {host.nbytes:,} bytes", code)
+
+    def unregister(self, host: torch.Tensor) -> str | None:
+        """Undo `register`; why not, where this is refused."""
+        with self.on_device():
+            code = self._module.cudart().cudaHostUnregister(host.data_ptr())
+        return self._refusal(f"cudaHostUnregister of {host.nbytes:,} bytes", code)
+
+    def _refusal(self, call: str, code: Any) -> str | None:
+        if int(code) == 0:
             return None
         with suppress(RuntimeError):  # takes the refusal off the driver's books, else the next kernel reports it
             torch.zeros(1, device=self.device)
-        return f"cudaHostRegister of {host.nbytes} bytes returned {code}"
-
-    def unregister(self, host: torch.Tensor) -> None:
-        """Undo `register`."""
-        self._module.cudart().cudaHostUnregister(host.data_ptr())
+        return f"{call} returned {int(code)}: {self._module.cudart().cudaGetErrorString(code)}"
 
     def synchronize(self) -> None:
         """Wait for all work on the device."""
         self._module.synchronize(self.device)
+
+    def trim(self) -> None:
+        """Give device memory back that torch's allocator holds but does not use."""
+        self._module.empty_cache()
 
     def free_memory(self) -> int:
         """Free on the device, plus what torch's allocator holds but does not use."""

@@ -22,7 +22,7 @@ TOKENS = (1, 8, 64, 256)  # of an expert, from decode to a prompt
 FEW = 8  # up to here several experts are timed in one call, as they come in decode
 EXPERTS = 4
 REPEATS = 3
-BUDGET_S = 1.5  # the whole measurement stays below two seconds; compiling kernels on their first use is not counted
+BUDGET_S = 0.75  # for each processor: the whole stays below two seconds, without the kernels that it compiles
 
 # The emulated device computes on this CPU and copies within its memory, so that its own times say nothing about the
 # device that it stands for. An expert there is taken to cost this share of what it costs on the CPU, and a copy, where
@@ -32,14 +32,17 @@ EMULATED_CALLS = 2.0
 
 
 def calibrate(
-    executor: CpuExecutor, cache: ExpertCache, stores: Sequence[ExpertStore], device: torch.device
+    executor: CpuExecutor, cache: ExpertCache, stores: Sequence[ExpertStore], device: torch.device, dtype: torch.dtype
 ) -> CostModel:
     """Time the experts of the cache's first layer, which stand for all of them, and refine while running.
 
     The experts fetched for this stay in the cache, as a first guess as good as any.
+
+    Args:
+        dtype: of the model's hidden states; with others, coded experts run other kernels, without tensor cores.
     """
     layer = cache.layers[0]
-    return _Calibration(executor, cache, layer, stores[layer], device).run()
+    return _Calibration(executor, cache, layer, stores[layer], device, dtype).run()
 
 
 @dataclass(slots=True)
@@ -49,14 +52,14 @@ class _Calibration:
     layer: int
     store: ExpertStore
     device: torch.device
+    dtype: torch.dtype
 
     def run(self) -> CostModel:
-        begun = perf_counter()
         there = min(self.store.num_experts, self.cache.slots)
         experts, more = np.split(np.arange(min(2 * EXPERTS, there), dtype=np.int32), [EXPERTS])
         upload_us = median(self.uploads(experts))
-        cpu = _curve(begun + BUDGET_S / 2, self.on_cpu, experts)
-        gpu = self.of_device(begun + BUDGET_S, experts, cpu)
+        cpu = _curve(self.on_cpu, experts)
+        gpu = self.of_device(experts, cpu)
         slower = 1.0
         if len(more):
             upload_us, slower = self.together(experts, more, upload_us, cpu)
@@ -66,19 +69,19 @@ class _Calibration:
             upload_us, slower = EMULATED_CALLS * cpu.call(np.ones(1, np.int64)), 1.0
         return CostModel(cpu, gpu, upload_us, slower)
 
-    def of_device(self, deadline: float, experts: np.ndarray, otherwise: ExpertCost) -> ExpertCost:
+    def of_device(self, experts: np.ndarray, otherwise: ExpertCost) -> ExpertCost:
         """The cost of experts on the device; `otherwise` where they could not all be brought there."""
         slots = self.cache.lookup(self.layer, experts)
         try:
             if (slots < 0).any():
                 return otherwise
-            return _curve(deadline, partial(self.on_device, slots), experts)
+            return _curve(partial(self.on_device, slots), experts)
         finally:
             self.cache.finish(self.layer)
 
     def on_cpu(self, experts: np.ndarray, tokens: int) -> float:
         """Microseconds of one call with these experts, each on so many tokens."""
-        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.store.layout.dtype)
+        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.dtype)
         out = torch.zeros(tokens, self.store.spec.hidden)
         begun = perf_counter()
         self.executor.run(self.store, x, _routes(experts, tokens), out)
@@ -86,7 +89,7 @@ class _Calibration:
 
     def on_device(self, slots: np.ndarray, experts: np.ndarray, tokens: int) -> float:
         """The same on the device, where expert e is in ``slots[e]``."""
-        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.store.layout.dtype, device=self.device)
+        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.dtype, device=self.device)
         begun = perf_counter()
         launch = self.cache.launch(self.layer, x, _routes(experts, tokens), slots[experts])
         launch.result()
@@ -112,27 +115,36 @@ class _Calibration:
         return median(times), slowdown(alone_us * calls, sum(took), sum(times))
 
 
-def _curve(deadline: float, run: Callable[[np.ndarray, int], float], experts: np.ndarray) -> ExpertCost:
-    """An expert's cost by tokens: two points at least, and more until the deadline."""
-    single, together = (_repeat(deadline, partial(run, some, 1)) for some in (experts[:1], experts))
+@dataclass(slots=True)
+class _Timer:
+    """Times calls as long as there is time left; a first call counts as the second, since kernels compile in it."""
+
+    left_s: float = BUDGET_S
+
+    def median_us(self, run: Callable[[], float]) -> float:
+        """Median of several runs (microseconds) after one that warms up; of one where no time is left."""
+        run()
+        times = [run()]
+        self.left_s -= 2 * times[0] / 1e6
+        while len(times) < REPEATS and self.left_s > 0:
+            times.append(run())
+            self.left_s -= times[-1] / 1e6
+        return median(times)
+
+
+def _curve(run: Callable[[np.ndarray, int], float], experts: np.ndarray) -> ExpertCost:
+    """An expert's cost by tokens: two points at least, and more while there is time."""
+    timer = _Timer()
+    single, together = (timer.median_us(partial(run, some, 1)) for some in (experts[:1], experts))
     start = max(len(experts) * single - together, 0.0) / max(len(experts) - 1, 1)
     start = min(start, single / 2)  # experts so small that the difference is noise
     found = [(together - start) / len(experts)]
     for tokens in TOKENS[1:]:
-        if len(found) > 1 and perf_counter() > deadline:
+        if len(found) > 1 and timer.left_s <= 0:
             break
         some = experts if tokens <= FEW else experts[:1]
-        found.append((_repeat(deadline, partial(run, some, tokens)) - start) / len(some))
+        found.append((timer.median_us(partial(run, some, tokens)) - start) / len(some))
     return ExpertCost.measured(TOKENS[: len(found)], found, start)
-
-
-def _repeat(deadline: float, run: Callable[[], float]) -> float:
-    """Median of several runs after one that warms up; fewer past the deadline."""
-    run()
-    times = [run()]
-    while len(times) < REPEATS and perf_counter() < deadline:
-        times.append(run())
-    return median(times)
 
 
 def _routes(experts: np.ndarray, tokens: int) -> Routes:

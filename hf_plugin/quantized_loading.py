@@ -216,10 +216,11 @@ class QuantizedCheckpoint:
         result += [self._extended(entry) if isinstance(entry, WeightConverter) else entry for entry in conversions]
         for name in sorted({name for site in sites for name in site.params.names}):
             method = next((m for m in self.methods if m.weight == name), None)
-            result.append(self._converter([name, *(method.names if method else ())], name, None, method, packed=True))
+            sources = _longest_first([name, *(method.names if method else ())])
+            result.append(self._converter(sources, name, None, method, packed=True))
         for method in self.methods:
             if method.weight == "weight":
-                result.append(self._converter(list(method.names), method.weight, None, method))
+                result.append(self._converter(_longest_first(method.names), method.weight, None, method))
         return result
 
     def for_saving(self, used: Iterable[Any]) -> list[Any]:
@@ -233,7 +234,7 @@ class QuantizedCheckpoint:
         sources, targets = original._original_source_patterns, original._original_target_patterns
         method = next((m for m in self.methods if all(s.endswith(f".{m.weight}") for s in sources)), None)
         if method is not None:
-            names = [*method.names, *({method.weight} - {*method.names})]
+            names = _longest_first({*method.names, method.weight})
             sources = [source.removesuffix(method.weight) + name for source in sources for name in names]
         return self._converter(list(sources), list(targets), original, method)
 
@@ -254,6 +255,11 @@ class QuantizedCheckpoint:
         if original is not None:
             self.originals[id(result)] = original
         return result
+
+
+def _longest_first(names: Iterable[str]) -> list[str]:
+    """Until transformers 5.18 or so a key belongs to the first pattern that its name begins with."""
+    return sorted(names, key=lambda name: (-len(name), name))
 
 
 class _Decode(ConversionOps):

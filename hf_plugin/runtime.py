@@ -102,7 +102,9 @@ class ModelRuntime:
             RuntimeError: there is no such device.
         """
         if self.options.device != "cpu":
-            self.tiers = open_tiers(self.options, self.executor, self.stores, self._places(), self.reserve)
+            self.tiers = open_tiers(
+                self.options, self.executor, self.stores, self._places(), self._dtype(), self.reserve
+            )
             if self.profile is not None:
                 for tier in distinct(self.tiers):
                     tier.cache.start_from(self.profile.uses)
@@ -112,6 +114,11 @@ class ModelRuntime:
 
     def _places(self) -> list[torch.device]:
         return [torch.device("cpu") if (layer := ref()) is None else layer.device for ref in self.layers]
+
+    def _dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        alive = (layer.held.dtype for ref in self.layers if (layer := ref()) is not None)
+        return next(alive, torch.float32)
 
     def close(self) -> None:
         """Give back slots, threads and pinned memory. Idempotent."""
@@ -136,6 +143,8 @@ class ModelRuntime:
         """In the child of a fork: threads, and who held the lock, are the parent's; caches are opened anew."""
         self.lock = threading.RLock()
         _abandoned.append(self.tiers)
+        for tier in distinct(self.tiers):
+            tier.cache.abandon()
         self.tiers, self._stale = {}, self.options.device != "cpu"
 
     def replace_store(self, index: int, store: ExpertStore) -> None:

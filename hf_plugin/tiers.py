@@ -27,6 +27,7 @@ def open_tiers(
     executor: CpuExecutor,
     stores: Sequence[ExpertStore],
     places: Sequence[torch.device],
+    dtype: torch.dtype,
     reserve: Reserve,
 ) -> dict[int, Tier]:
     """Open the caches of a model and measure what experts cost there.
@@ -34,6 +35,7 @@ def open_tiers(
     Args:
         stores: experts of each layer.
         places: where each layer computes.
+        dtype: of the hidden states.
         reserve: what gpu_memory="auto" leaves free.
 
     Returns:
@@ -46,7 +48,7 @@ def open_tiers(
     tiers: dict[int, Tier] = {}
     with ExitStack() as undo:
         for name, numbers in _by_device(options.device, places).items():
-            tier = _open_tier(options, name, executor, stores, numbers, reserve)
+            tier = _open_tier(options, name, executor, stores, numbers, dtype, reserve)
             undo.callback(tier.cache.close)
             tiers |= dict.fromkeys(numbers, tier)
         undo.pop_all()
@@ -76,6 +78,7 @@ def _open_tier(
     executor: CpuExecutor,
     stores: Sequence[ExpertStore],
     numbers: Sequence[int],
+    dtype: torch.dtype,
     reserve: Reserve,
 ) -> Tier:
     served = [stores[number] for number in numbers]
@@ -90,7 +93,7 @@ def _open_tier(
         with ExitStack() as undo:
             cache = ExpertCache(device, layers, size, options.cache_policy)
             undo.callback(cache.close)
-            costs = calibrate(executor, cache, stores, device.torch_device)
+            costs = calibrate(executor, cache, stores, device.torch_device, dtype)
             undo.pop_all()
         return Tier(cache, device.torch_device, costs)
 

@@ -109,6 +109,7 @@ class FakeDriver(Driver):
         self.refuses, self.fails = refuses, fails
         self.calls: dict[str, int] = {}
         self.registered: set[int] = set()
+        self.kept = 0  # bytes of pools that nobody has any more, and torch's allocator still
         self.buffers: set[int] = set()
         self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()  # memory that somebody still has
         self._random = random.Random(seed)
@@ -154,7 +155,14 @@ class FakeDriver(Driver):
             raise torch.OutOfMemoryError("injected: out of memory")
         pool = torch.full((slots, nbytes), POISON, dtype=torch.uint8)
         self.alive.add(pool)
+        weakref.finalize(pool, self._keep, slots * nbytes)
         return pool
+
+    def _keep(self, nbytes: int) -> None:
+        self.kept += nbytes
+
+    def trim(self) -> None:
+        self.kept = 0
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         if self._count("pinned"):
@@ -187,9 +195,10 @@ class FakeDriver(Driver):
         self.registered.add(host.untyped_storage().data_ptr())
         return None
 
-    def unregister(self, host: torch.Tensor) -> None:
+    def unregister(self, host: torch.Tensor) -> str | None:
         assert not any(stream.operations for stream in self._streams), "a copy may still read these pages"
         self.registered.remove(host.untyped_storage().data_ptr())
+        return "injected: refused" if self._count("unregister") else None
 
     def synchronize(self) -> None:
         for stream in self._streams:

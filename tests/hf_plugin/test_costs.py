@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import moebius
+from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.hf_plugin import calibration
 from moebius.hf_plugin.dispatcher import Ran, Tier
 from moebius.predictors.costs import CostModel, ExpertCost
 from tests import zoo
@@ -123,3 +125,39 @@ def test_costs_are_shown():
     assert stats["copy_us"] > 0
     with helpers.patched(model, device="cpu"):
         assert moebius.stats(model).to_dict()["costs"] == {}
+
+
+@pytest.mark.parametrize(("us", "measured"), [(100.0, [1, 8, 64, 256]), (1e6, [1, 8])], ids=["fast", "slow"])
+def test_compiling_leaves_time_to_measure(us, measured):
+    """A first use that compiles for seconds, after which prompts are judged by what single tokens cost."""
+    compiled, asked = set(), []
+
+    def run(experts, tokens):
+        first = (len(experts), tokens) not in compiled
+        compiled.add((len(experts), tokens))
+        asked.append(tokens)
+        return 1e7 if first else us * len(experts)
+
+    cost = calibration._curve(run, np.arange(4))
+    assert sorted(set(asked)) == measured
+    assert cost.of(np.array([64]))[0] == pytest.approx(us, rel=0.3)
+
+
+def test_experts_are_timed_on_the_model_s_own_type(monkeypatch):
+    """Hidden states in fp32 beside coded experts of a bf16 model: other kernels, many times slower on a GPU."""
+    seen = set()
+    launch, run = ExpertCache.launch, CpuExecutor.run
+
+    def launched(self, layer, x, *args):
+        seen.add(("device", x.dtype))
+        return launch(self, layer, x, *args)
+
+    def ran(self, store, x, *args):
+        seen.add(("cpu", x.dtype))
+        return run(self, store, x, *args)
+
+    monkeypatch.setattr(ExpertCache, "launch", launched)
+    monkeypatch.setattr(CpuExecutor, "run", ran)
+    model = zoo.build("qwen3_moe", dtype=torch.bfloat16)
+    with helpers.patched(model, device="emulated", gpu_memory=0.5, expert_format="int8", keep_original=True):
+        assert seen == {("device", torch.bfloat16), ("cpu", torch.bfloat16)}
