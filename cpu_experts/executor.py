@@ -12,7 +12,7 @@ import torch
 from moebius.cpu_experts.crew import shared
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare, scratch_bytes
+from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare
 from moebius.kernels.routes import Routes
 
 # Bytes of scratch memory that stay allocated between calls; longer prompts allocate theirs for the call alone.
@@ -57,19 +57,19 @@ class CpuExecutor:
         with self._turn:
             if self._closed:
                 raise RuntimeError("this CpuExecutor is closed; create another")
-            if store.spec.torch_code:
+            layer = self._layers.get(store)
+            if layer is None and not store.spec.torch_code:
+                layer = self._layers[store] = describe(store.spec, store.layout, store.records)
+            if layer is None:
                 _run_torch(store, x, routes, out)
             else:
-                self._run_kernels(store, x, routes, out)
+                self._run_kernels(layer, x, routes, out)
 
-    def _run_kernels(self, store: ExpertStore, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
-        layer = self._layers.get(store)
-        if layer is None:
-            layer = self._layers[store] = describe(store.spec, store.layout, store.records)
-        scratch = self._reserve(scratch_bytes(layer, x, routes))
-        prepare(self._job, layer, x, routes, out, scratch)
+    def _run_kernels(self, layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+        scratch = prepare(self._job, layer, x, routes, out, self._reserve)
         if len(routes.tokens):
             shared.run(layer.work.address, self._job_address, self.threads - 1)
+        del scratch  # not before the job is done
 
     def _reserve(self, count: int) -> np.ndarray:
         if count <= len(self._scratch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.driver import Driver
 from moebius.gpu_cache.staging import StagedTransfer, Staging
+from moebius.gpu_cache.step_buffers import StepBuffers
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,36 @@ class EventCompletion(Completion):
         self.event.synchronize()
 
 
+class Events:
+    """Events of a device. Those that nobody holds any more serve again, since making one takes a call of the driver."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._free: list[Any] = []
+
+    def record(self, stream: Any) -> Any:
+        """An event that `stream` reaches after all that it was given so far."""
+        try:
+            event = self._free.pop()
+        except IndexError:
+            event = self._driver.event()
+        event.record(stream)
+        return event
+
+    def take_back(self, *events: Any) -> None:
+        """What waits for them already does not mind if they are recorded anew."""
+        self._free.extend(events)
+
+
 class StreamTransfer(EventCompletion, Transfer):
     """Work between two events of its stream."""
 
-    def __init__(self, begin: Any, end: Any, record: Callable[[], Any]) -> None:
+    def __init__(self, begin: Any, end: Any, stream: Any, events: Events) -> None:
         super().__init__(end)
-        self._begin, self._record = begin, record
+        self._begin, self._stream, self._events = begin, stream, events
+
+    def __del__(self) -> None:
+        self._events.take_back(self._begin, self.event)
 
     def elapsed_us(self) -> float:
         return self._begin.elapsed_time(self.event) * 1e3
@@ -45,10 +69,12 @@ class StreamTransfer(EventCompletion, Transfer):
     def span(self) -> tuple[float, float] | None:
         if not self.done():
             return None
-        present = self._record()  # events know only how far apart they are
+        present = self._events.record(self._stream)  # events know only how far apart they are
         present.synchronize()
         now = perf_counter()
-        return now - self._begin.elapsed_time(present) / 1e3, now - self.event.elapsed_time(present) / 1e3
+        spans = [event.elapsed_time(present) / 1e3 for event in (self._begin, self.event)]
+        self._events.take_back(present)
+        return now - spans[0], now - spans[1]
 
 
 class StreamLaunch(Launch):
@@ -80,7 +106,7 @@ class AcceleratorDevice(Device):
 
     def __init__(self, driver: Driver) -> None:
         self.torch_device = driver.device
-        self._driver = driver
+        self._driver, self._events = driver, Events(driver)
         self._background, self._urgent = driver.stream(), driver.stream(priority=-1)
         self._staging = Staging(driver)
         self._pinned: set[int] = set()  # addresses of the storages whose pages are pinned
@@ -106,9 +132,9 @@ class AcceleratorDevice(Device):
         with self._driver.on(stream):
             if after is not None:
                 stream.wait_event(after.event)
-            begin = self._record(stream)
+            begin = self._events.record(stream)
             self._driver.copy(target, source)
-            return StreamTransfer(begin, self._record(stream), partial(self._record, stream))
+            return StreamTransfer(begin, self._events.record(stream), stream, self._events)
 
     def finish_copies(self) -> None:
         self._staging.finish()
@@ -121,9 +147,9 @@ class AcceleratorDevice(Device):
             for upload in after:
                 assert isinstance(upload, EventCompletion | StagedTransfer)
                 stream.wait_event(upload.event)
-            begin = self._record(stream)
+            begin = self._events.record(stream)
             output = work()
-            completion = StreamTransfer(begin, self._record(stream), partial(self._record, stream))
+            completion = StreamTransfer(begin, self._events.record(stream), stream, self._events)
             return StreamLaunch(completion, output, stream, self._driver.current_stream)
 
     def pin(self, host: torch.Tensor) -> bool:
@@ -147,6 +173,9 @@ class AcceleratorDevice(Device):
             logger.warning("host memory of experts stays pinned (%s)", refusal)
         self._pinned.discard(host.untyped_storage().data_ptr())
 
+    def step_buffers(self, nbytes: int) -> StepBuffers:
+        return StepBuffers(self._driver, nbytes)
+
     def free_memory(self) -> int:
         return self._driver.free_memory()
 
@@ -156,8 +185,3 @@ class AcceleratorDevice(Device):
     def close(self) -> None:
         self._staging.close()
         self._driver.synchronize()
-
-    def _record(self, stream: Any) -> Any:
-        event = self._driver.event()
-        event.record(stream)
-        return event

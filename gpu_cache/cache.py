@@ -17,10 +17,15 @@ from moebius.gpu_cache.event_log import EventLog
 from moebius.gpu_cache.executor import make_executor
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.pool import Pool, Watch
+from moebius.gpu_cache.step_buffers import StepBuffers
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
 
 logger = logging.getLogger(__name__)
+
+# Tokens of a step up to which its inputs and its sum cross between host and device through kept buffers, and bytes for
+# the routing of one: 64 ids and weights in fp32, and what the next layer's router says of 256 experts.
+_ROWS, _ROUTING_BYTES = 64, 2048
 
 
 class CachedLayer(NamedTuple):
@@ -36,7 +41,7 @@ class ExpertCache:
 
     One step of a layer is ``lookup``, then ``fetch`` and ``launch`` as the caller likes, then ``used``, ``admit`` and
     ``finish``; ``prefetch`` may come at any time. Methods must be called by one thread at a time. A copy or a prefetch
-    that failed raises RuntimeError at the next call but `used`, `finish` and `close`; the cache stays usable.
+    that failed raises RuntimeError at the next call but `launch`, `used`, `finish` and `close`; the cache stays usable.
 
     Args:
         device: from `open_device`; the cache closes it.
@@ -71,6 +76,8 @@ class ExpertCache:
             for records in self._records.values():
                 if device.pin(records):
                     undo.insert(1, partial(device.unpin, records))
+            widest = max(layer.spec.hidden for layer in served.values())
+            self.buffers: StepBuffers | None = device.step_buffers(_ROWS * (4 * widest + _ROUTING_BYTES))
         except BaseException:
             self._give_back()
             raise
@@ -81,14 +88,13 @@ class ExpertCache:
         pool.withdraw(local)
         pool.collect()
         slots = pool.table.lookup(local, experts)
-        self._pin(layer, pool, slots)
+        self._pin(layer, pool, local, slots)
         return slots
 
     def slots_of(self, layer: int) -> np.ndarray:
         """Slot of each of a layer's experts that `lookup` would return, int32 [E], -1 for none; a view, to be read."""
         pool, local = self._pool(layer)
-        first, end = pool.table.base[local : local + 2].tolist()
-        return pool.table.visible[first:end]
+        return pool.table.visible[pool.table.first(local) : pool.table.first(local + 1)]
 
     def fetch(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Upload experts (int32 [n], distinct) that this step computes on the device.
@@ -99,11 +105,11 @@ class ExpertCache:
         pool, local = self._pool(layer)
         pool.collect()
         slots = pool.table.occupied(local, experts)
-        self._pin(layer, pool, slots)  # first: those whose copy has ended since `lookup` could be displaced
+        self._pin(layer, pool, local, slots)  # first: those whose copy has ended since `lookup` could be displaced
         missing = slots < 0
         slots[missing] = fetched = pool.demand(local, experts[missing])
-        self._pin(layer, pool, fetched)
-        self._pinned[layer][-2:] = [slots[slots >= 0]]  # as `release` knows them
+        self._pin(layer, pool, local, fetched)
+        self._pinned[layer][-2:] = [slots.copy()]  # as `release` knows them
         return slots
 
     def launch(
@@ -121,8 +127,7 @@ class ExpertCache:
             A launch whose ``result()`` is the weighted sum over `routes`, fp32 [T, H] on the device.
         """
         pool, local = self._pool(layer)
-        pool.collect()
-        assert (pool.table.occupied(local, routes.experts) == slots).all(), "slots are not those of the experts"
+        assert pool.table.holds(local, routes.experts, slots), "slots are not those of the experts"
         work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
         if onto is not None:
             work = partial(_add_to, onto, work)
@@ -211,7 +216,7 @@ class ExpertCache:
             shares = np.concatenate([uses[layer] for layer in group])
             chosen = np.argsort(-shares, kind="stable")[: pool.table.slots]
             for local in range(len(group)):
-                first, end = pool.table.base[local : local + 2].tolist()
+                first, end = pool.table.first(local), pool.table.first(local + 1)
                 pool.demand(local, (chosen[(chosen >= first) & (chosen < end)] - first).astype(np.int32))
             pool.drain()
 
@@ -283,7 +288,7 @@ class ExpertCache:
     def close(self) -> None:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
         self._give_back()
-        self._pools = []
+        self._pools, self.buffers = [], None
         self.device.trim()
 
     def abandon(self) -> None:
@@ -352,11 +357,10 @@ class ExpertCache:
             self._pinned.pop(layer, None)
         self._pools[number].reset()
 
-    def _pin(self, layer: int, pool: Pool, slots: np.ndarray) -> None:
-        mine = slots[slots >= 0]
+    def _pin(self, layer: int, pool: Pool, local: int, slots: np.ndarray) -> None:
         pool.sound = False
-        pool.claim(mine)
-        self._pinned.setdefault(layer, []).append(mine)
+        pool.claim(local, slots)
+        self._pinned.setdefault(layer, []).append(slots.copy())  # the caller may change his
         pool.sound = True
 
     def _offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from moebius.gpu_cache.step_buffers import StepBuffers
 
 
 class Completion(ABC):
@@ -105,6 +109,14 @@ class Device(ABC):
     @abstractmethod
     def unpin(self, host: torch.Tensor) -> None:
         """Undo a successful `pin`."""
+
+    def step_buffers(self, nbytes: int) -> StepBuffers | None:
+        """Buffers for the inputs and sums, up to `nbytes`, of steps; None where tensors of the device are the host's.
+
+        Raises:
+            RuntimeError: there is no memory for them.
+        """
+        return None
 
     @abstractmethod
     def free_memory(self) -> int:

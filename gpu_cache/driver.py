@@ -53,6 +53,10 @@ class Driver:
         """Copy to the device on the current stream; the host does not wait if `source` is pinned."""
         target.copy_(source, non_blocking=True)
 
+    def fetch(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy from the device to pinned host memory on the current stream; the host does not wait."""
+        target.copy_(source, non_blocking=True)
+
     def is_pinned(self, host: torch.Tensor) -> bool:
         """Whether the driver knows these pages."""
         return host.is_pinned()

@@ -13,6 +13,7 @@ from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
+from moebius.kernels.numba.slots import prove
 
 # Copies that the device has got cannot be withdrawn, and demand waits for them, so there are few: 16 MiB keep a 25 GB/s
 # link busy for 0.7 ms, about a layer; two at least, so that one follows the other without a gap.
@@ -37,8 +38,9 @@ class Upload:
 
 
 class Wish(NamedTuple):
-    """Why an expert waits for a slot, and the probability that its layer's next step uses it."""
+    """Why an expert of a layer waits for a slot, and the probability that the layer's next step uses it."""
 
+    layer: int
     reason: Reason
     chance: float
 
@@ -86,16 +88,15 @@ class Pool:
         Raises:
             RuntimeError: copies failed; their slots are free again.
         """
-        self._report(self._reap())
+        if self._uploads:
+            self._report(self._reap())
         self._hand_over()
 
-    def claim(self, slots: np.ndarray) -> None:
-        """Pin slots (int32 [n]) and count the prefetches among them as used."""
+    def claim(self, layer: int, slots: np.ndarray) -> None:
+        """Pin a layer's slots (int32 [n], -1 for none) and count the prefetches among them as used."""
         self.table.pin(slots)
-        proven = slots[self._unproven[slots]]
-        for slot in proven:
-            self._counters.prefetch_used[self._layers[self.table.layer_and_expert(slot)[0]]] += 1
-        self._unproven[proven] = False
+        if proven := prove(self._unproven, slots):
+            self._counters.prefetch_used[self._layers[layer]] += proven
 
     def demand(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Begin copies of experts (int32 [n], in no slot) that somebody waits for; int32 [n], -1 where none is had."""
@@ -103,7 +104,7 @@ class Pool:
             return np.empty(0, np.int32)
         slots = self.policy.place(self.table, layer, experts, Reason.DEMAND)
         for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
-            self._waiting.pop(int(self.table.base[layer]) + expert, None)
+            self._waiting.pop(self.table.first(layer) + expert, None)
             if slot >= 0:
                 self._begin(slot, layer, expert, Reason.DEMAND)
         return slots
@@ -117,23 +118,28 @@ class Pool:
         Returns:
             How many of them are now under way or waiting, and were not before.
         """
-        room = self._queued_limit - len(self._uploads) - len(self._waiting)
-        absent = self.table.occupied(layer, experts) < 0
-        likely = np.ones(len(experts)) if chances is None else chances
-        wishes = zip(self.table.keys(layer, experts[absent]).tolist(), likely[absent].tolist(), strict=True)
-        queued = [(key, Wish(reason, chance)) for key, chance in wishes if key not in self._waiting][: max(0, room)]
-        self._waiting |= dict(queued)
+        first, slot_of, waiting = self.table.first(layer), self.table.slot_of, self._waiting
+        queued: list[int] = []
+        room = self._queued_limit - len(self._uploads) - len(waiting)
+        for place, expert in enumerate(experts.tolist()):
+            if len(queued) >= room:
+                break
+            key = first + expert
+            if key not in waiting and slot_of[key] < 0:
+                waiting[key] = Wish(layer, reason, 1.0 if chances is None else float(chances[place]))
+                queued.append(key)
         self._hand_over()
-        return sum(key in self._waiting or bool(self.table.slot_of[key] >= 0) for key, _ in queued)
+        return sum(key in waiting or bool(slot_of[key] >= 0) for key in queued)
 
     def withdraw(self, layer: int) -> None:
         """Give up the prefetches for a layer that have not begun."""
         if self._waiting:
-            first, last = self.table.base[layer : layer + 2]
-            self._cancel([key for key in self._waiting if first <= key < last])
+            self._cancel([key for key, wish in self._waiting.items() if wish.layer == layer])
 
     def arrivals(self, slots: np.ndarray) -> list[Completion]:
         """Copies into `slots` that are still under way; the caller takes over the report of their failure."""
+        if not self._uploads:
+            return []
         pending = [self._uploads[slot] for slot in slots.tolist() if slot in self._uploads]
         for upload in pending:
             upload.awaited = True
@@ -141,8 +147,9 @@ class Pool:
 
     def read_by(self, slots: np.ndarray, launch: Launch) -> None:
         """Nothing may overwrite `slots` before `launch` has ended."""
+        completion = launch.completion
         for slot in slots.tolist():
-            self._readers[slot] = launch.completion
+            self._readers[slot] = completion
 
     def drain(self) -> None:
         """Wait for all copies, those that wait included, and publish them; raises like `collect`."""
@@ -189,19 +196,18 @@ class Pool:
 
     def _next(self, room: int) -> tuple[int, np.ndarray, Reason, np.ndarray]:
         """Take the foremost experts of one layer and reason, `room` at most, from the queue."""
-        urgent = (item for item in self._waiting.items() if item[1].reason is Reason.PREFETCH)
-        first, (reason, _) = next(urgent, None) or next(iter(self._waiting.items()))
-        layer = self.table.layer_of(first)
-        start, end = self.table.base[layer : layer + 2].tolist()
-        keys = [key for key, wish in self._waiting.items() if wish.reason is reason and start <= key < end][:room]
-        chances = np.array([self._waiting.pop(key).chance for key in keys])
-        return layer, np.array(keys, np.int32) - np.int32(start), reason, chances
+        urgent = (wish for wish in self._waiting.values() if wish.reason is Reason.PREFETCH)
+        layer, reason, _ = next(urgent, None) or next(iter(self._waiting.values()))
+        keys = [key for key, wish in self._waiting.items() if wish.layer == layer and wish.reason is reason][:room]
+        chances = [self._waiting.pop(key).chance for key in keys]
+        first = self.table.first(layer)
+        return layer, np.array([key - first for key in keys], np.int32), reason, np.array(chances)
 
     def _cancel(self, keys: list[int]) -> None:
         for key in keys:
             if self._waiting[key].reason is Reason.PREFETCH:
-                del self._waiting[key]
-                self._counters.prefetch_cancelled[self._layers[self.table.layer_of(key)]] += 1
+                wish = self._waiting.pop(key)
+                self._counters.prefetch_cancelled[self._layers[wish.layer]] += 1
 
     def _reap(self) -> list[Upload]:
         """Publish what has completed; the uploads that failed without anybody who waits for them."""

@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from moebius.kernels.numba import slots as compiled
+
 
 class State(IntEnum):
     """Life of a slot: free -> loading (a copy is under way) -> ready (visible to lookups) -> free."""
@@ -29,7 +31,8 @@ class SlotTable:
 
     def __init__(self, experts: Sequence[int], slots: int) -> None:
         self.base: np.ndarray = np.concatenate([[0], np.cumsum(experts)]).astype(np.int64)  # [L + 1]
-        total = int(self.base[-1])
+        self._first: list[int] = self.base.tolist()
+        total = self._first[-1]
         self.slot_of: np.ndarray = np.full(total, -1, np.int32)  # of each key, loading or ready
         self.visible: np.ndarray = np.full(total, -1, np.int32)  # of each key, ready only
         self.key_of: np.ndarray = np.full(slots, -1, np.int64)  # of each slot
@@ -44,17 +47,25 @@ class SlotTable:
     def layers(self) -> int:
         return len(self.base) - 1
 
+    def first(self, layer: int) -> int:
+        """Key of a layer's expert 0; of the layer behind the last one, the number of keys."""
+        return self._first[layer]
+
     def keys(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Keys of `experts` (integer [n]) of a layer, int64 [n]."""
         return self.base[layer] + experts
 
     def lookup(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Ready slot of each expert or -1, int32 [n]."""
-        return self.visible[self.base[layer] + experts]
+        return self.visible[self._first[layer] + experts]
 
     def occupied(self, layer: int, experts: np.ndarray) -> np.ndarray:
         """Slot of each expert, ready or loading, or -1, int32 [n]."""
-        return self.slot_of[self.base[layer] + experts]
+        return self.slot_of[self._first[layer] + experts]
+
+    def holds(self, layer: int, experts: np.ndarray, slots: np.ndarray) -> bool:
+        """Whether each expert (int32 [n]) is in its entry of `slots` (int32 [n])."""
+        return compiled.holds(self.slot_of, self._first[layer], experts, slots)
 
     def takeable(self) -> np.ndarray:
         """Slots that may be overwritten, bool [S]: free ones, and ready ones that nobody has pinned."""
@@ -101,12 +112,13 @@ class SlotTable:
         self.pins.fill(0)
 
     def pin(self, slots: np.ndarray) -> None:
-        """Protect distinct slots (integer [n]) from being overwritten until `unpin`; pins nest."""
-        self.pins[slots] += 1
+        """Protect distinct slots (int32 [n], -1 for none) from being overwritten until `unpin`; pins nest."""
+        compiled.pin(self.pins, slots, 1)
 
     def unpin(self, slots: np.ndarray) -> None:
-        self.pins[slots] -= 1
-        assert (self.pins[slots] >= 0).all(), "a slot was unpinned more often than pinned"
+        """Take back one `pin` of these slots."""
+        sound = compiled.pin(self.pins, slots, -1)
+        assert sound, "a slot was unpinned more often than pinned"
 
 
 def divide(slots: int, experts: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -16,7 +17,7 @@ from moebius.hf_plugin.crossing import send, to_host, zeros
 from moebius.hf_plugin.streaming import DeviceShare, Launched
 from moebius.hf_plugin.timeline import CPU, DEVICE, LAYERS
 from moebius.kernels.routes import Routes, build_routes, select
-from moebius.predictors.costs import CostModel
+from moebius.predictors.costs import Assignment, CostModel
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.layer import PatchedLayer
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
     from moebius.hf_plugin.runtime import ModelRuntime
 
 
+_NOTHING = np.empty(0, np.int64)
+
+
 class Ran(NamedTuple):
     """What is left of a launch whose time is not counted yet: not its result."""
 
+    layer: int
     completion: Timed
-    tokens: np.ndarray  # of each of its experts, int32 [A]
+    tokens: np.ndarray  # of each of its experts, int64 [A]
 
 
 @dataclass(slots=True)
@@ -38,7 +43,7 @@ class Tier:
     cache: ExpertCache
     device: torch.device
     costs: CostModel
-    launches: dict[int, list[Ran]] = field(default_factory=dict)  # of each layer, until their time is counted
+    launches: deque[Ran] = field(default_factory=deque)  # in order, until their time is counted
     shrunk: int = 0  # how often, since the device had no memory for others
 
     def observe_copies(self) -> None:
@@ -91,8 +96,8 @@ def run_layer(
     begun = perf_counter()
     tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
     question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
-    host_x, found_ids, found_weights, *answer = to_host(x, ids, weights, *(() if question is None else question.asked))
-    question = None if question is None else question._replace(asked=tuple(answer))
+    host_x, found_ids, found_weights, *answer = _cross(tier, [x, ids, weights, *(question.asked if question else ())])
+    question = question and question._replace(asked=tuple(answer))
     host_ids, host_weights = found_ids.numpy(), found_weights.float().numpy()
     routes = build_routes(host_ids, host_weights, layer.store.num_experts)
     step = Step(x, host_x, host_ids, routes, question)
@@ -118,49 +123,60 @@ def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> tor
     return send(out, step.x.device).to(step.x.dtype)
 
 
+def _cross(tier: Tier | None, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in host memory until the next step, through the buffers that the cache's device keeps for that."""
+    buffers = None if tier is None else tier.cache.buffers
+    if tier is not None and buffers is not None and all(tensor.device == tier.device for tensor in tensors):
+        return buffers.to_host(tensors)
+    return to_host(*tensors)
+
+
 def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step) -> torch.Tensor:
     index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
     try:
         slots = cache.lookup(index, routes.experts)
+        wanted = tier.costs.assign(routes.offsets, slots)
+        counters.hits += wanted.hits
+        counters.misses += len(routes.tokens) - wanted.hits
+        share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, wanted)
         hit = slots >= 0
-        pairs = routes.counts
-        hits = int(pairs[hit].sum())
-        counters.hits += hits
-        counters.misses += len(routes.tokens) - hits
-        on_device = tier.costs.split(pairs, hit)
-        share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, on_device)
+        absent = np.flatnonzero(~hit) if wanted.hits < len(routes.tokens) else _NOTHING
         if runtime.lookahead is not None:
-            runtime.lookahead.missed(len(hit) - int(hit.sum()))
+            runtime.lookahead.missed(len(absent))
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
         cache.used(index, routes.experts, hit)  # while the device computes
-        out = _on_cpu_meanwhile(runtime, tier, layer, step, share, ~on_device)
+        out = _on_cpu_meanwhile(runtime, tier, layer, step, share, wanted)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish(index)
-    cache.admit(index, routes.experts[~(hit | share.fetched)])
+    cache.admit(index, routes.experts[absent[~share.fetched[absent]] if wanted.fetches else absent])
     tier.observe_copies()
     return merged
 
 
 def _on_cpu_meanwhile(
-    runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, share: DeviceShare, mine: np.ndarray
+    runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step, share: DeviceShare, wanted: Assignment
 ) -> torch.Tensor | None:
-    """The sum over `mine` (bool [A]) and the experts that no slot could be had for, fp32 [T, H]; None for none.
+    """The sum over what the device does not compute, fp32 [T, H]; None where that is nothing.
 
     Where fetched experts wait for their turn, the device is looked after between parts of the work.
     """
-    if share.launched and not share.waiting and not mine.any():
+    experts = len(wanted.tokens)
+    if share.launched and not share.waiting and wanted.residents + wanted.fetches == experts:
         return None  # and nothing to send back
-    out = zeros(step.host_x, tier.device)
-    pairs, took = step.routes.counts, 0.0
-    for part in _parts(tier, pairs, mine) if share.waiting else [mine]:
+    mine, took = ~wanted.on_device, 0.0
+    buffers, shape = tier.cache.buffers, step.host_x.shape
+    out = torch.zeros(shape) if buffers is None else buffers.zeros(*shape)
+    for part in _parts(tier, wanted.tokens, mine) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step, part, out)
         share.advance()
-    left = share.finish()
-    took += _on_cpu(runtime, layer, step, left, out)
+    if len(left := share.finish()):
+        part = np.zeros(experts, bool)
+        part[left] = mine[left] = True
+        took += _on_cpu(runtime, layer, step, part, out)
     if took:
-        tier.observe_cpu(pairs[mine | left], took * 1e6, int(share.fetched.sum()))
+        tier.observe_cpu(wanted.tokens[mine], took * 1e6, int(np.count_nonzero(share.fetched)))
     return out
 
 
@@ -176,9 +192,10 @@ def _parts(tier: Tier, pairs: np.ndarray, mine: np.ndarray) -> Iterator[np.ndarr
 
 def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.ndarray, out: torch.Tensor) -> float:
     """Add the experts of `mine` (bool [A]) to `out`; the seconds that took."""
-    if not mine.any():
+    count = np.count_nonzero(mine)
+    if not count:
         return 0.0
-    routes = step.routes if mine.all() else select(step.routes, mine)
+    routes = step.routes if count == len(mine) else select(step.routes, mine)
     begun = perf_counter()
     runtime.on_cpu(layer, step.host_x, routes, out)
     took = perf_counter() - begun
@@ -192,9 +209,12 @@ def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.nda
 def _merge(
     runtime: ModelRuntime, tier: Tier, index: int, launched: list[Launched], out: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
+    buffers = tier.cache.buffers
+    if out is not None and buffers is not None:
+        out = buffers.to_device(out)
     if not launched:
         assert out is not None
-        return send(out, x.device).to(x.dtype)
+        return out.to(x.device, x.dtype)
     begun = perf_counter()
     on_device = launched[-1].launch.result()
     waited = perf_counter() - begun
@@ -204,10 +224,12 @@ def _merge(
         for launch, tokens in launched:
             facts = {"layer": index, "experts": len(tokens), "pairs": int(tokens.sum())}
             runtime.timeline.watch(DEVICE, f"layer {index}", launch.completion, **facts)
-    runtime.count_launches(index)
-    tier.launches.setdefault(index, []).extend(Ran(one.launch.completion, one.tokens) for one in launched)
-    merged = on_device if out is None else on_device + send(out, on_device.device)
-    return merged.to(x.device, x.dtype)
+    runtime.count_launches(tier)
+    tier.launches.extend(Ran(index, one.launch.completion, one.tokens) for one in launched)
+    if out is None:
+        return on_device.to(x.device, x.dtype)
+    total = torch.empty_like(x, device=on_device.device)
+    return torch.add(on_device, out, out=total).to(x.device)  # rounds once, at the end
 
 
 def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:

@@ -47,8 +47,10 @@ class LayerGate:
 
     def settle(self, x: torch.Tensor, ids: torch.Tensor) -> None:
         """Choose the candidate that reproduces ids [T, k] from hidden states x [T, H]; once."""
+        if self._settled or not len(x):
+            return
         parent = self._parent()
-        if self._settled or not len(x) or parent is None or parent.training:
+        if parent is None or parent.training:
             return
         self._settled = True
         x, ids = x[:MAX_TOKENS], ids[:MAX_TOKENS]

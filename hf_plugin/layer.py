@@ -113,6 +113,8 @@ class PatchedLayer:
         if self._convention is Convention.SCALED_ROWS:
             return self._run(args[0], *self._routes_of_rows(args[0]))
         hidden, ids, weights = args
+        if hidden.ndim == 2 and not self._identity_experts:
+            return self._run(hidden, ids, weights)
         flat = hidden.reshape(-1, hidden.shape[-1])
         out = self._run(flat, ids, weights)
         if self._identity_experts:

@@ -179,10 +179,16 @@ class ModelRuntime:
 
     def run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One call of a layer; see `dispatcher.run_layer`."""
-        with self.lock, torch.no_grad():
-            if self._stale:
-                self.open()
-            return run_layer(self, layer, x.detach(), ids, weights)
+        with self.lock:
+            if not torch.is_grad_enabled():
+                return self._run(layer, x, ids, weights)
+            with torch.no_grad():
+                return self._run(layer, x, ids, weights)
+
+    def _run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self._stale:
+            self.open()
+        return run_layer(self, layer, x.detach(), ids, weights)
 
     def resize(self, gpu_memory: int | float | str) -> None:
         """Change the cache's budget; the cache starts empty."""
@@ -262,8 +268,8 @@ class ModelRuntime:
     def stats(self) -> Stats:
         """A snapshot of all counters."""
         with self.lock:
-            for index in range(len(self._names)):
-                self.count_launches(index)
+            for tier in distinct(self.tiers):
+                self.count_launches(tier)
             return Stats(
                 self.options.device,
                 self.options.cache_policy if self.tiers else "none",
@@ -310,18 +316,12 @@ class ModelRuntime:
             notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
         return notes
 
-    def count_launches(self, index: int) -> None:
-        """Add the device time of the layer's launches that have ended, and refine the cost of experts there."""
-        tier = self.tiers.get(index)
-        if tier is None or index not in tier.launches:
-            return
-        launches = tier.launches.pop(index)
-        under_way = [ran for ran in launches if not ran.completion.done()]
-        if under_way:
-            tier.launches[index] = under_way
-        for ran in launches[: len(launches) - len(under_way)]:  # they end in order
+    def count_launches(self, tier: Tier) -> None:
+        """Add the device time of the launches that have ended, and refine the cost of experts there."""
+        while tier.launches and tier.launches[0].completion.done():  # they end in order
+            ran = tier.launches.popleft()
             took_us = ran.completion.elapsed_us()
-            self.counters[index].gpu_ms += took_us / 1e3
+            self.counters[ran.layer].gpu_ms += took_us / 1e3
             tier.observe_launch(ran.tokens, took_us)
 
 

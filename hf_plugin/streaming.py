@@ -11,19 +11,21 @@ import torch
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Launch
 from moebius.kernels.routes import Routes, select
+from moebius.predictors.costs import Assignment
 
 # A chunk is fetched, then computed while the next one is on the link. 32 MiB take a 25 GB/s link 1.3 ms, many times
 # what a launch takes the host. One chunk is computed, one is being copied and one stands behind it, so that the link
 # does not wait for the host.
 CHUNK_BYTES = 32 << 20
 WINDOW = 3
+_NOTHING = np.empty(0, np.int64)
 
 
 class Launched(NamedTuple):
     """A launch and what it computes."""
 
     launch: Launch
-    tokens: np.ndarray  # of each of its experts, int32 [A]
+    tokens: np.ndarray  # of each of its experts, int64 [A]
 
 
 class DeviceShare:
@@ -35,25 +37,28 @@ class DeviceShare:
     Args:
         x: [T, H] on the device.
         slots: of each of the routes' experts, int32 [A], -1 for absent ones; pinned.
-        wanted: the experts that the device should compute, bool [A].
+        wanted: the experts that the device should compute.
     """
 
     def __init__(
-        self, cache: ExpertCache, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, wanted: np.ndarray
+        self, cache: ExpertCache, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, wanted: Assignment
     ) -> None:
         self._cache, self._layer, self._x, self._routes = cache, layer, x, routes
         self.launched: list[Launched] = []
-        self._counts = routes.counts
-        absent = np.flatnonzero(wanted & (slots < 0))
-        self._waiting: np.ndarray = absent[np.argsort(-self._counts[absent], kind="stable")]  # indices, heaviest first
+        self._tokens = wanted.tokens
+        self._waiting: np.ndarray = _NOTHING  # indices of experts that are still to be fetched, heaviest first
         self._under_way: deque[np.ndarray] = deque()  # slots of each chunk
         self._chunk = max(1, CHUNK_BYTES // cache.record_bytes(layer))
         self._window = WINDOW
-        self._residents: np.ndarray = slots[slots >= 0]  # pinned until they, too, are needed as a window
+        self._residents: np.ndarray = _NOTHING  # pinned until they, too, are needed as a window
         self.fetched = np.zeros(len(slots), bool)
-        resident = wanted & (slots >= 0)
-        if resident.any():
-            self._launch(resident, slots[resident])
+        resident = wanted.on_device
+        if wanted.fetches:
+            there = slots >= 0
+            absent, resident, self._residents = np.flatnonzero(resident & ~there), resident & there, slots[there]
+            self._waiting = absent[np.argsort(-self._tokens[absent], kind="stable")]
+        if wanted.residents:
+            self._launch(resident, slots if wanted.residents == len(slots) else slots[resident])
         self.advance()
 
     @property
@@ -87,12 +92,10 @@ class DeviceShare:
             self._residents, self._window = self._residents[:0], 1
 
     def finish(self) -> np.ndarray:
-        """Begin all that still waits; bool [A], the experts that no slot could be had for."""
+        """Begin all that still waits; indices of the experts that no slot could be had for."""
         while self.waiting and self._window:
             self.advance(wait=True)
-        left = np.zeros(len(self.fetched), bool)
-        left[self._waiting] = True
-        return left
+        return self._waiting
 
     def _make_room(self, wait: bool) -> bool:
         """Whether another chunk may begin."""
@@ -105,7 +108,7 @@ class DeviceShare:
 
     def _launch(self, mask: np.ndarray, slots: np.ndarray) -> None:
         """Compute the experts of `mask` (bool [A]), which are in `slots`, and add what was launched before."""
-        before = self.launched[-1].launch if self.launched else None
-        routes = self._routes if mask.all() else select(self._routes, mask)
+        before, all_of_them = self.launched[-1].launch if self.launched else None, len(slots) == len(mask)
+        routes = self._routes if all_of_them else select(self._routes, mask)
         launch = self._cache.launch(self._layer, self._x, routes, slots, before)
-        self.launched.append(Launched(launch, self._counts[mask]))
+        self.launched.append(Launched(launch, self._tokens if all_of_them else self._tokens[mask]))

@@ -101,5 +101,5 @@ def _use_policy() -> None:
     policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
-    costs.split(tokens, np.zeros(1, bool))
+    costs.assign(np.array([0, 1], np.int32), np.zeros(1, np.int32))
     costs.observe_cpu(tokens, 1.0, 0.0)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moebius.kernels.numba.split import CPU_START, GPU_START, RATES, SLOWDOWN, UPLOAD, costs, finish, follow, split
+from moebius.kernels.numba.split import (
+    CPU_START,
+    GPU_START,
+    RATES,
+    SLOWDOWN,
+    UPLOAD,
+    assign,
+    costs,
+    finish,
+    observe,
+)
 
 TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
 KNOTS = np.array([1.0, 4.0, 16.0, 64.0, 256.0])  # numbers of tokens at which curves are known
@@ -57,11 +67,17 @@ class ExpertCost:
 
     def observe(self, tokens: np.ndarray, took_us: float) -> None:
         """One call with experts of these numbers of tokens took `took_us`: the curve moves there, and not elsewhere."""
-        expected = self.call(tokens)
-        if expected > self.start_us and took_us > 0:
-            ratio = min(max(took_us / expected, 0.1), 10.0)
-            self.start_us *= 1 + _MEMORY * (ratio - 1) * self.start_us / expected
-            follow(_counts(tokens), ratio, _MEMORY, KNOTS, self.curve)
+        self.start_us = observe(_counts(tokens), took_us, _MEMORY, self.start_us, KNOTS, self.curve)
+
+
+class Assignment(NamedTuple):
+    """Where a layer's A active experts are to be computed."""
+
+    on_device: np.ndarray  # bool [A]
+    tokens: np.ndarray  # of each expert, int64 [A]
+    residents: int  # experts of the device's part that are there
+    fetches: int  # that have to be brought there
+    hits: int  # token-expert pairs of experts that are there, wherever they are computed
 
 
 @dataclass(slots=True)
@@ -81,7 +97,7 @@ class CostModel:
     slowdown: float = 1.0
     _rates: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.empty(RATES))
 
-    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
+    def assign(self, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
         """Which experts the device should compute, so that the later of both processors is done first.
 
         The rest is the CPU's, residents too where the device has too many. Absent ones are fetched, the heaviest first,
@@ -89,13 +105,10 @@ class CostModel:
         at high hit rates they never do. See `moebius.kernels.numba.split`.
 
         Args:
-            tokens: of each active expert, int [A].
-            resident: whether it is on the device, bool [A].
-
-        Returns:
-            bool [A].
+            offsets: of `Routes`, int32 [A + 1].
+            slots: of each active expert, int32 [A]; -1 for those that are not on the device.
         """
-        return split(_counts(tokens), resident, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
+        return Assignment(*assign(offsets, slots, KNOTS, self.cpu.curve, self.gpu.curve, self._current()))
 
     def finish(self, tokens: np.ndarray, resident: np.ndarray, on_device: np.ndarray) -> float:
         """Microseconds of a layer whose experts run where `on_device` (bool [A]) says."""

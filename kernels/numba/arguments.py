@@ -6,6 +6,7 @@ calling the layer's compiled function with the job's address.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ _ROUNDING_WORK = {"int8": work.work_rounding_int8, "int4": work.work_rounding_in
 _CODED_WORK = {"int8": work.work_int8, "int4": work.work_int4, "e4m3": work.work_e4m3, "e2m1": work.work_e2m1}
 _SCALE_KIND = {"fp32": FP32_SCALE, "bf16": BF16_SCALE, "fp16": FP16_SCALE, "e8m0": E8M0_SCALE}
 _X_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BF16 = _X_KIND[torch.bfloat16]
 _PARTS = {
     "gate": words.GATE, "up": words.UP, "down": words.DOWN,
     "gate_bias": words.GATE_BIAS, "up_bias": words.UP_BIAS, "down_bias": words.DOWN_BIAS,
@@ -47,17 +49,19 @@ class Layer:
         pairs: whether panels beside inputs in bf16 are multiplied in bf16: weights are no finer, the processor can.
         few: pairs up to which an expert is not computed in panels.
         x_bytes: bytes of a token's input as the kernels for few pairs read it.
-        inner_bytes: bytes of a pair's activated intermediate, as they read it.
+        pair_bytes: bytes of a pair's intermediate, in whichever form, and of its packed input; beside panels in fp32,
+            and beside those in bf16.
         work: computes units of a job in the layer's format.
     """
 
     words: np.ndarray
+    hidden: int
     num_experts: int
     rounds: bool
     pairs: bool
     few: int
     x_bytes: int
-    inner_bytes: int
+    pair_bytes: tuple[tuple[int, int], tuple[int, int]]
     work: Entry
     records: torch.Tensor
 
@@ -80,10 +84,13 @@ def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> L
     if records.device.type != "cpu" or not records.is_contiguous():
         raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
     x_bytes, inner_bytes = (_vector_bytes(n, layout) for n in (spec.hidden, spec.intermediate))
+    fp32, bf16 = (
+        (max(inner_bytes, packed_bytes(spec.intermediate, size)), packed_bytes(spec.hidden, size)) for size in (4, 2)
+    )
     described = _layer_words(spec, layout, records)
     few = quantized.FEW[layout.format] if _rounds(layout) else coded.FEW if layout.quantized else portable.FEW
     return Layer(
-        described, len(records), _rounds(layout), _pairs(layout), few, x_bytes, inner_bytes,
+        described, spec.hidden, len(records), _rounds(layout), _pairs(layout), few, x_bytes, (fp32, bf16),
         _work(layout), records,
     )  # fmt: skip
 
@@ -128,55 +135,47 @@ def new_job() -> np.ndarray:
     return words_and_slack[(-words_and_slack.ctypes.data // 8) % 8 :][: words.JOB_WORDS]
 
 
-def scratch_bytes(layer: Layer, x: torch.Tensor, routes: Routes) -> int:
-    """Bytes of scratch memory that `prepare` needs."""
-    slots = (len(routes.tokens) + (LANES - 1) * len(routes.experts)) // LANES * LANES  # see `units.slot_of`
-    return slots * sum(_slot_bytes(layer, x)) + _prepares(layer, x) * layer.x_bytes
-
-
-def _slot_bytes(layer: Layer, x: torch.Tensor) -> tuple[int, int]:
-    """Bytes of a pair's intermediate, in whichever form, and of its packed input."""
-    size = 2 if _paired(layer, x) else 4
-    hidden, intermediate = (int(n) for n in layer.words[[words.HIDDEN, words.INTERMEDIATE]])
-    return max(layer.inner_bytes, packed_bytes(intermediate, size)), packed_bytes(hidden, size)
-
-
-def _paired(layer: Layer, x: torch.Tensor) -> bool:
-    """Whether panels are multiplied in bf16."""
-    return x.dtype == torch.bfloat16 and layer.pairs
-
-
-def _prepares(layer: Layer, x: torch.Tensor) -> int:
-    """Tokens whose input the kernels for few pairs cannot read as it is."""
-    return x.shape[0] if layer.rounds or x.dtype != torch.float32 else 0
-
-
 def prepare(
-    job: np.ndarray, layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor, scratch: np.ndarray
-) -> None:
+    job: np.ndarray,
+    layer: Layer,
+    x: torch.Tensor,
+    routes: Routes,
+    out: torch.Tensor,
+    reserve: Callable[[int], np.ndarray],
+) -> np.ndarray:
     """Make `job` the one that adds the routed experts' weighted outputs for x to `out`.
 
-    Whoever works on the job keeps all arguments alive.
+    Whoever works on the job keeps all arguments and the result alive.
 
     Args:
         job: from `new_job`; nobody may be working on it.
         x: fp32, bf16 or fp16 [T, H], contiguous, in host memory.
         out: fp32 [T, H], contiguous, in host memory.
-        scratch: uint8 [scratch_bytes(...)] or longer, best at a multiple of 64 bytes.
+        reserve: gives scratch memory for the job, uint8 [n] for n bytes or longer, best at a multiple of 64 bytes.
+
+    Returns:
+        The scratch memory.
 
     Raises:
         ValueError, TypeError: arguments of another shape, type or place, or routes out of range.
     """
-    _check_tensors(int(layer.words[words.HIDDEN]), x, out)
-    _check_form(routes)
-    if scratch.dtype != np.uint8 or len(scratch) < scratch_bytes(layer, x, routes):
-        raise ValueError(f"scratch memory must be uint8 [{scratch_bytes(layer, x, routes)}] or longer")
-    prepares, slot_bytes = _prepares(layer, x), _slot_bytes(layer, x)
-    x_bytes = layer.x_bytes if prepares else 4 * x.shape[1]
-    status = fill(job, layer.words, layer.num_experts, x.data_ptr(), _X_KIND[x.dtype], x.shape[0], layer.few, prepares,
-                  _paired(layer, x), out.data_ptr(), *routes, scratch.ctypes.data, x_bytes, *slot_bytes)  # fmt: skip
+    _check_tensors(layer.hidden, x, out)
+    tokens, kind = x.shape[0], _X_KIND[x.dtype]
+    paired = layer.pairs and kind == _BF16  # whether panels are multiplied in bf16
+    prepares = tokens if layer.rounds or kind else 0  # whose input the kernels for few pairs cannot read as it is
+    x_bytes = layer.x_bytes if prepares else 4 * layer.hidden
+    inner_bytes, packed = layer.pair_bytes[paired]
+    slots = (len(routes.tokens) + (LANES - 1) * len(routes.experts)) // LANES * LANES  # see `units.slot_of`
+    scratch = reserve(slots * (inner_bytes + packed) + prepares * x_bytes)
+    try:
+        status = fill(job, layer.words, layer.num_experts, x.data_ptr(), kind, tokens, layer.few, prepares, paired,
+                      out.data_ptr(), *routes, scratch, x_bytes, inner_bytes, packed)  # fmt: skip
+    except TypeError:
+        _check_form(routes)
+        raise
     if status:
-        raise ValueError(_explain(status, layer.num_experts, x.shape[0], routes))
+        raise ValueError(_explain(status, layer.num_experts, tokens, routes))
+    return scratch
 
 
 def check(hidden: int, num_experts: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
@@ -200,7 +199,7 @@ def _check_tensors(hidden: int, x: torch.Tensor, out: torch.Tensor) -> None:
     if x.ndim != 2 or x.shape[1] != hidden or out.shape != x.shape:
         raise ValueError(f"x and out must be [T, {hidden}], not {list(x.shape)} and {list(out.shape)}")
     for name, tensor in (("x", x), ("out", out)):
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not (tensor.is_cpu and tensor.is_contiguous()):
             raise ValueError(f"{name} must be contiguous in host memory; it is on {tensor.device}, {tensor.stride()}")
 
 

@@ -34,10 +34,10 @@ def find_range_error(num_experts, num_tokens, experts, offsets, tokens, weights)
 
 
 @entry("int64(int64[::1], int64[::1], int64, int64, int64, int64, int64, int64, boolean, int64,"
-       " int32[::1], int32[::1], int32[::1], float32[::1], int64, int64, int64, int64)")  # fmt: skip
+       " int32[::1], int32[::1], int32[::1], float32[::1], uint8[::1], int64, int64, int64)")  # fmt: skip
 def fill(  # type: ignore[no-untyped-def]
     job, layer, num_experts, x, x_kind, num_tokens, few, prepares, paired, out,
-    experts, offsets, tokens, weights, scratch, x_bytes, inner_bytes, packed_bytes
+    experts, offsets, tokens, weights, memory, x_bytes, inner_bytes, packed_bytes
 ):  # fmt: skip
     """Write the words of `job`; returns 0, or which argument is wrong (then nothing may be computed)."""
     status = range_error(num_experts, num_tokens, experts, offsets, tokens, weights)
@@ -51,7 +51,7 @@ def fill(  # type: ignore[no-untyped-def]
     job[words.PREPARES], job[words.PACKS] = prepares if any_few else 0, len(experts) if any_many else 0
     job[words.LAYER], job[words.OUT], job[words.ACTIVE] = address_of(layer), out, len(experts)
     job[words.SOURCE], job[words.SOURCE_KIND], job[words.PAIRED] = x, x_kind, paired
-    slots = slots_of(len(tokens), len(experts))
+    slots, scratch = slots_of(len(tokens), len(experts)), address_of(memory)
     job[words.INNER], job[words.INNER_BYTES] = scratch, inner_bytes
     scratch += slots * inner_bytes
     job[words.PACKED], job[words.PACKED_BYTES] = scratch, packed_bytes

@@ -46,15 +46,23 @@ def costs(tokens, knots, curve):  # type: ignore[no-untyped-def]
     return found
 
 
-@entry("void(int64[::1], float64, float64, float64[::1], float64[::1])")
-def follow(tokens, ratio, memory, knots, curve):  # type: ignore[no-untyped-def]
-    """Experts with these numbers of tokens took `ratio` times what the curve says: move the knots that said so.
+@entry("float64(int64[::1], float64, float64, float64, float64[::1], float64[::1])")
+def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyped-def]
+    """A call with experts of these numbers of tokens took so many microseconds: move the knots that expected another.
 
     A knot moves by its share of the expected time, `memory` at most; the curve stays without a fall.
+
+    Args:
+        start: microseconds of a call beside its experts.
+
+    Returns:
+        The new `start`.
     """
     share = np.zeros(len(knots))
     total = 0.0
     for count in tokens:
+        if count <= 0:
+            continue
         last = 1
         while last < len(knots) - 1 and count > knots[last]:
             last += 1
@@ -63,10 +71,14 @@ def follow(tokens, ratio, memory, knots, curve):  # type: ignore[no-untyped-def]
         share[last - 1] += cost * (1 - right)
         share[last] += cost * right
         total += cost
+    if total <= 0 or took <= 0:
+        return start
+    change = memory * (min(max(took / (start + total), 0.1), 10.0) - 1)
     for i in range(len(knots)):
-        curve[i] *= 1 + memory * share[i] / total * (ratio - 1)
+        curve[i] *= 1 + change * share[i] / total
         if i:
             curve[i] = max(curve[i], curve[i - 1])
+    return start * (1 + change * start / (start + total))
 
 
 @helper
@@ -120,18 +132,41 @@ def _before(i, j, resident, tokens):  # type: ignore[no-untyped-def]
     return tokens[i] > tokens[j] if resident[i] == resident[j] else resident[i]
 
 
-@entry("boolean[::1](int64[::1], boolean[::1], float64[::1], float64[::1], float64[::1], float64[::1])")
-def split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
-    """Experts that the device should compute, bool [A].
+@entry(
+    "Tuple((boolean[::1], int64[::1], int64, int64, int64))"
+    "(int32[::1], int32[::1], float64[::1], float64[::1], float64[::1], float64[::1])"
+)
+def assign(offsets, slots, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+    """Which of a layer's experts the device should compute.
+
+    Args:
+        offsets: of `Routes`, [A + 1].
+        slots: of each active expert, [A]; negative for those that are not on the device.
+
+    Returns:
+        The experts that the device should compute, bool [A]; the tokens of each expert, [A]; how many of the device's
+        are there, and how many have to be fetched; pairs of experts that are there, wherever they are computed.
+    """
+    tokens, resident = np.empty(len(slots), np.int64), np.empty(len(slots), np.bool_)
+    there, fetched, pairs = 0, 0, 0
+    for i in range(len(slots)):
+        tokens[i], resident[i] = offsets[i + 1] - offsets[i], slots[i] >= 0
+        pairs += tokens[i] if resident[i] else 0
+    on_device = _split(tokens, resident, knots, cpu_curve, gpu_curve, rates)
+    for i in range(len(slots)):
+        there += on_device[i] and resident[i]
+        fetched += on_device[i] and not resident[i]
+    return on_device, tokens, there, fetched, pairs
+
+
+@helper
+def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+    """The experts that the device should compute, bool [A].
 
     The best of all splits at a threshold (so many residents and so many misses on the device, the heaviest of them, or
     those at which it is relatively fastest); then moves of one and exchanges of two that gain; then branch and bound
     from there, which proves it the best or stops at a limit. With one token for each expert nothing but numbers count,
     and the first step is exact.
-
-    Args:
-        tokens: of each active expert, [A].
-        resident: whether it is on the device already, [A].
     """
     cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
     on_device = _threshold(order, resident, cpu, gpu, rates)

@@ -148,6 +148,7 @@ class FakeDriver(Driver):
         yield
 
     def event(self) -> FakeEvent:
+        self._count("event")
         return FakeEvent(self)
 
     def empty(self, slots: int, nbytes: int) -> torch.Tensor:
@@ -185,6 +186,12 @@ class FakeDriver(Driver):
             stream.add(partial(np.copyto, to[:middle], of[:middle]))
             stream.add(partial(np.copyto, to[middle:], of[middle:]))
         self.make_progress()
+
+    def fetch(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        assert target.data_ptr() in self.buffers, "a copy to pageable memory"
+        assert self.current_stream() is self._main, "before the computation has come that far"
+        self._count("fetch")
+        self._main.add(partial(np.copyto, target.numpy(), source.numpy()))
 
     def is_pinned(self, host: torch.Tensor) -> bool:
         return host.untyped_storage().data_ptr() in self.registered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ def test_the_upload_cost_follows_a_link_whose_speed_changes():
 
 
 def test_a_slower_link_changes_the_split():
-    tokens, hit = np.ones(5, int), np.array([True, False, False, False, False])
+    routed = np.arange(6, dtype=np.int32), np.array([0, -1, -1, -1, -1], np.int32)
     tier, device = make_tier(10.0)
-    assert tier.costs.split(tokens, hit)[1:].any()
+    assert tier.costs.assign(*routed).fetches
     for _ in range(60):
         upload(tier, device, 1000.0)
-    assert not tier.costs.split(tokens, hit)[1:].any()
+    assert not tier.costs.assign(*routed).fetches
 
 
 @pytest.mark.parametrize(("real_link", "factor"), [(True, 2.0), (False, 1.0)])
@@ -92,12 +93,12 @@ def test_launch_times_refine_the_gpu_cost():
         tier, tokens = runtime.tiers[0], np.array([2, 1])
         tier.device, tier.costs.gpu = torch.device("cuda"), ExpertCost.line(11.0, 1.0)
         for _ in range(100):
-            tier.launches[0] = [Ran(Finished(230.0), tokens), Ran(Finished(None), tokens)]
+            tier.launches = deque([Ran(0, Finished(230.0), tokens), Ran(0, Finished(None), tokens)])
             before = runtime.counters[0].gpu_ms
-            runtime.count_launches(0)
+            runtime.count_launches(tier)
             assert runtime.counters[0].gpu_ms - before == pytest.approx(0.230)
         assert tier.costs.gpu.call(tokens) == pytest.approx(230.0, rel=0.02)
-        assert len(tier.launches[0]) == 1
+        assert len(tier.launches) == 1
         tier.launches.clear()
 
 

@@ -27,7 +27,7 @@ from moebius.hf_plugin.timeline import (
     recorded,
     write_trace,
 )
-from moebius.predictors.costs import CostModel
+from moebius.predictors.costs import Assignment, CostModel
 from tests import zoo
 from tests.hf_plugin import helpers
 
@@ -63,7 +63,7 @@ def test_all_three_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None
             cache.fetch(0, np.arange(2, dtype=np.int32))
             cache.drain()
             cache.finish(0)
-            computing.setattr(CostModel, "split", _one_of_each)
+            computing.setattr(CostModel, "assign", _one_of_each)
             with recorded(model) as timeline:
                 armed.set()
                 helpers.assert_close(helpers.logits(model, ids), want)
@@ -76,12 +76,12 @@ def test_all_three_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None
         assert one.end <= whole.end
 
 
-def _one_of_each(_costs: CostModel, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
+def _one_of_each(_costs: CostModel, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
     """Residents on the device, the first half of the absent ones fetched, the others on the CPU."""
-    absent = np.flatnonzero(~resident)
-    on_device = resident.copy()
+    on_device = slots >= 0
+    absent = np.flatnonzero(~on_device)
     on_device[absent[: len(absent) // 2]] = True
-    return on_device
+    return helpers.assignment(offsets, slots, on_device)
 
 
 def test_a_layer_is_recorded_with_its_facts_and_only_while_asked() -> None:
