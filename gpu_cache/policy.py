@@ -80,19 +80,19 @@ class MRS(ValuedPolicy):
     The cache knows no router scores, so that u is 1 for each used expert and 0 for the others.
     """
 
-    rule = Rule(FEATURES, (1,), (0.22, 0.0, 0.0))
+    rule = Rule(FEATURES, (1,), (0.22, 0.0, 0.0, 0.0))
 
 
 class EMA(ValuedPolicy):
     """Exponential average of use with a half-life of 16 steps; a miss is admitted where the swap pays."""
 
-    rule = Rule(FEATURES, (16,), (1.0, 0.0, 0.0))
+    rule = Rule(FEATURES, (16,), (1.0, 0.0, 0.0, 0.0))
 
 
 class EMATable(ValuedPolicy):
     """`EMA`, and what followed the experts just used before, counted online."""
 
-    rule = Rule(FEATURES, (16,), (0.7, 0.7, 0.0), paired=True)
+    rule = Rule(FEATURES, (16,), (0.7, 0.7, 0.0, 0.0), paired=True)
 
 
 class Default(ValuedPolicy):
@@ -102,7 +102,7 @@ class Default(ValuedPolicy):
     swap pays where values differ by more than the price. The weights are the same for all experts of a pool.
     """
 
-    rule = Rule(FEATURES, (4, 16, 64, 512), (0.15, 0.5, 0.15, 0.0, 0.3, 0.0), paired=True, learned=True)
+    rule = Rule(FEATURES, (4, 16, 64, 512), (0.15, 0.5, 0.15, 0.0, 0.3, 1.0, 0.0), paired=True, linked=True, learned=True)
 
 
 POLICIES: dict[str, type[ValuedPolicy]] = {

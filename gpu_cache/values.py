@@ -9,6 +9,7 @@ import numpy as np
 
 from moebius.gpu_cache.slots import SlotTable, divide
 from moebius.kernels.numba import residency
+from moebius.kernels.numba.bundle import bundle
 
 _PROFILE_STEPS = 32  # that a profile counts for, so that a wrong one is soon forgotten
 
@@ -20,8 +21,9 @@ class Rule:
     Args:
         kind: `residency.RECENCY`, `COUNT` or `FEATURES`.
         half_lives: steps of a layer after which a use counts half, one average of use each; features come from here on.
-        weights: of each average, then of the pairs and of a constant, in coming uses per step; the prior if learned.
+        weights: of each average, then of pairs, links and a constant, in coming uses per step; the prior if learned.
         paired: whether to count which experts follow which.
+        linked: whether to learn what the experts of the layers before say.
         learned: whether the weights are learned online.
         frozen_after: steps of a layer after which values and slots stay as they are, 0 for never.
         per_layer: whether each layer has its share of the slots, instead of all competing for all.
@@ -31,6 +33,7 @@ class Rule:
     half_lives: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
     paired: bool = False
+    linked: bool = False
     learned: bool = False
     frozen_after: int = 0
     per_layer: bool = False
@@ -52,17 +55,20 @@ class ValuedPolicy:
         keys, layers, averages = sum(experts), len(self._experts), len(rule.half_lives)
         features = len(rule.weights)
         pairs = [count * count if rule.paired else 0 for count in self._experts]
-        flags = (rule.kind, rule.learned, rule.paired, rule.frozen_after, rule.per_layer)
+        flags = (rule.kind, rule.learned, rule.paired, rule.linked, rule.frozen_after, rule.per_layer)
         self._facts: np.ndarray = np.array([price, 1 / 8])  # the share is followed; 1/8 only starts it
         self._shares: np.ndarray = np.zeros(layers + 1, np.int64)
-        self._divided = 0  # slots that the shares add up to
-        self.state: tuple[np.ndarray, ...] = (  # in the order of residency.STATE
+        value = np.zeros(keys)
+        linked, first_links = layers if rule.linked else 0, _first_links(self._experts)
+        most = max(self._experts, default=0)
+        self.state: tuple[np.ndarray, ...] = (  # in the order of residency.KINDS
             np.array(flags, np.int64),
             self._facts,
             _starts(self._experts),
             self._shares,
             np.zeros(layers, np.int64),
-            np.zeros(keys),
+            value,
+            np.zeros(keys) if rule.linked else value,
             1 - 0.5 ** (1 / np.array(rule.half_lives, np.float64)),
             np.zeros((averages, keys)),
             _starts(pairs)[:-1].copy(),
@@ -71,7 +77,14 @@ class ValuedPolicy:
             np.zeros((keys if features else 0, features)),
             np.zeros((3, features, features)),
             np.array([rule.weights, rule.weights], np.float64).reshape(2, features),
+            first_links[:-1].reshape(layers, residency.LAGS),
+            np.zeros(first_links[-1] if rule.linked else 0, np.float32),
+            np.zeros((linked, residency.LAGS, most), np.float32),
+            np.full((linked, residency.MOST), -1, np.int32),
+            np.full((linked, residency.LAGS, residency.MOST), -1, np.int64),
         )
+        self.words: np.ndarray = bundle(self.state, residency.KINDS)
+        self._bound: tuple[SlotTable, np.ndarray] | None = None
         self.price = price
 
     @property
@@ -87,7 +100,7 @@ class ValuedPolicy:
 
     def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
         """See `CachePolicy.used`."""
-        residency.observe(self.state, layer, np.ascontiguousarray(experts, np.int32))
+        residency.observe(self.words, layer, np.ascontiguousarray(experts, np.int32))
 
     def place(
         self, table: SlotTable, layer: int, experts: np.ndarray, reason: int, chances: np.ndarray | None = None
@@ -97,7 +110,7 @@ class ValuedPolicy:
             return np.empty(0, np.int32)
         likely = self._certainty[: len(experts)] if chances is None else np.ascontiguousarray(chances, np.float64)
         wanted = np.ascontiguousarray(experts, np.int32)
-        return residency.choose(self.state, self.bind(table), layer, wanted, likely, int(reason))
+        return residency.choose(self.words, self.bind(table), layer, wanted, likely, int(reason))
 
     def use(self, layer: int) -> np.ndarray:
         """Share of the layer's steps that used each expert, as far as this policy remembers, float64 [E]."""
@@ -117,13 +130,21 @@ class ValuedPolicy:
         if self.rule.kind == residency.FEATURES:
             self.used(layer, np.empty(0, np.int32), np.empty(0, bool))  # which values the experts
 
-    def bind(self, table: SlotTable) -> tuple[np.ndarray, ...]:
-        """The table's arrays as compiled code wants them (`residency.TABLE`); sees to shares of as many slots."""
-        if self.rule.per_layer and self._divided != table.slots:
-            self._shares[1:], self._divided = np.cumsum(divide(table.slots, self._experts)), table.slots
-        return table.key_of, table.state, table.pins
+    def bind(self, table: SlotTable) -> np.ndarray:
+        """The table's arrays as a bundle of `residency.TABLE`; sees to shares of as many slots."""
+        if self._bound is None or self._bound[0] is not table:
+            self._bound = table, bundle((table.key_of, table.state, table.pins), residency.TABLE)
+            if self.rule.per_layer:
+                self._shares[1:] = np.cumsum(divide(table.slots, self._experts))
+        return self._bound[1]
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
     """Where each part begins, and the end of the last, int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _first_links(experts: Sequence[int]) -> np.ndarray:
+    """Where the links of each layer from each of the `LAGS` layers before begin, and the end, int64 [L * LAGS + 1]."""
+    sources = [(count, (layer - 1 - lag) % len(experts)) for layer, count in enumerate(experts) for lag in range(residency.LAGS)]
+    return _starts([count * experts[source] for count, source in sources])

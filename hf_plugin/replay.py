@@ -186,7 +186,7 @@ def _run_stretch(
     least = max(price / (1 + price), 0.01) if predictor == "ids" else 2.0
     arrays = (table.base, table.slot_of, table.visible, table.key_of, table.state, table.pins)
     unproven = np.zeros(experts * layers, np.bool_)
-    replay(policy.state, arrays, forecaster.state, ids, least, unproven, counts, outcome)
+    replay(policy.words, arrays, forecaster.words, ids, least, unproven, counts, outcome)
 
 
 def _row(trace: Trace, policy: str, predictor: str, price: float, counts: np.ndarray) -> Row:

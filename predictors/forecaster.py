@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moebius.kernels.numba import foresight
+from moebius.kernels.numba.bundle import bundle
 
 NO_SCORES = np.empty((0, 0), np.float32)
 _FOLLOWERS = 8
@@ -93,7 +94,7 @@ class Forecaster:
         self.ahead, self.rows = ahead, rows
         self.experts: list[int] = list(experts)
         self._judged: np.ndarray = np.zeros(2, np.int64)  # before the accuracy was forgotten
-        self.state: tuple[np.ndarray, ...] = (  # in the order of foresight.STATE
+        self.state: tuple[np.ndarray, ...] = (  # in the order of foresight.KINDS
             np.array([ahead, rows], np.int64),
             np.array(self.experts, np.int64),
             np.full((layers, rows, top_k), -1, np.int32),
@@ -111,14 +112,15 @@ class Forecaster:
             np.zeros((layers, foresight.RECORDS)),
             np.zeros((layers, 3, foresight.BINS)),
         )
+        self.words: np.ndarray = bundle(self.state, foresight.KINDS)
 
     def observe(self, layer: int, ids: np.ndarray) -> None:
         """The tokens of a step were routed to `ids` by `layer`, integer [T, k], -1 and E are no expert."""
-        foresight.observe(self.state, layer, np.ascontiguousarray(ids, np.int32))
+        foresight.observe(self.words, layer, np.ascontiguousarray(ids, np.int32))
 
     def hint(self, layer: int, hint: Hint) -> None:
         """What the router of `layer` says beforehand about this step's tokens."""
-        foresight.hint(self.state, layer, hint.scores, hint.ids)
+        foresight.hint(self.words, layer, hint.scores, hint.ids)
 
     def forecast(self, layer: int, tokens: int = 1) -> np.ndarray | None:
         """After `layer` was observed: the probability that any of this step's tokens uses each expert of a later layer.
@@ -128,7 +130,7 @@ class Forecaster:
         """
         if not self.foresees(layer, tokens):
             return None
-        return foresight.chances_of_any(self.state, layer + self.ahead, tokens)
+        return foresight.chances_of_any(self.words, layer + self.ahead, tokens)
 
     def foresees(self, layer: int, tokens: int) -> bool:
         """Whether `forecast` says something."""
@@ -150,7 +152,7 @@ class Forecaster:
         """
         scores, chosen = NO_HINT if hint is None else hint
         return foresight.advance(
-            self.state, layer, np.ascontiguousarray(ids, np.int32), scores, chosen,
+            self.words, layer, np.ascontiguousarray(ids, np.int32), scores, chosen,
             _NO_SLOTS if slots is None else slots, least, limit,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ hidden state. One weight belongs to each pair of an expert used by a source and 
 feature of the router, and a bias to each expert, which for a linear router stands for the mean change of the hidden
 states in between. AdaGrad steps follow each use. Beside the model stands the record of how right it was.
 
-State is a tuple of arrays, made by `moebius.predictors.forecaster`, in the order of `STATE`.
+State is a bundle of arrays, made by `moebius.predictors.forecaster`, in the order of `KINDS`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from moebius.kernels.numba.bundle import BUNDLE, open1, open2, open3, open4
 from moebius.kernels.numba.jit import entry, helper
 
 LAGS = 3
@@ -28,17 +29,19 @@ BINS = 20
 FORECASTS, PREDICTED, PREDICTED_RIGHT, USED, OFFERED, OFFERED_RIGHT, RECENT, RECENT_RIGHT = range(8)
 RECORDS = 8
 
-STATE = "Tuple((" + ", ".join([
-    "int64[::1]", "int64[::1]",  # sizes, experts of each layer [L]
-    "int32[:, :, ::1]", "int64[::1]",  # last ids [L, rows, k] (-1: none), their number of tokens [L]
-    "float32[:, :, :, ::1]", "float32[:, :, ::1]",  # weights [L, S, E, E] and mean squared gradients [L, S, E]
-    "float32[:, :, ::1]", "float32[:, ::1]",  # bias and its squared gradients [L, 2, E], average use [L, E]
-    "float32[:, :, ::1]",  # weights of average use and the router's features, squared gradients [L, 2, 1 + GATE]
-    "float32[:, :, :, ::1]", "int64[::1]",  # features of the router [L, GATE, rows, E], for how many rows [L]
-    "float32[:, :, ::1]", "int64[::1]",  # probabilities foreseen [L, rows, E], for how many rows they still hold [L]
-    "boolean[:, ::1]",  # offered, and not judged yet [L, E]
-    "float64[:, ::1]", "float64[:, :, ::1]",  # record [L, RECORDS]; forecasts, their sum, uses by probability [L, 3, B]
-]) + "))"  # fmt: skip
+# The state: kinds of its arrays, and what they hold.
+_I64, _I32, _F64, _F32 = np.int64, np.int32, np.float64, np.float32
+KINDS = (
+    (_I64, 1), (_I64, 1),  # sizes, experts of each layer [L]
+    (_I32, 3), (_I64, 1),  # last ids [L, rows, k] (-1: none), their number of tokens [L]
+    (_F32, 4), (_F32, 3),  # weights [L, S, E, E] and mean squared gradients [L, S, E]
+    (_F32, 3), (_F32, 2),  # bias and its squared gradients [L, 2, E], average use [L, E]
+    (_F32, 3),  # weights of average use and the router's features, squared gradients [L, 2, 1 + GATE]
+    (_F32, 4), (_I64, 1),  # features of the router [L, GATE, rows, E], for how many rows [L]
+    (_F32, 3), (_I64, 1),  # probabilities foreseen [L, rows, E], for how many rows they still hold [L]
+    (np.bool_, 2),  # offered, and not judged yet [L, E]
+    (_F64, 2), (_F64, 3),  # record [L, RECORDS]; forecasts, their sum, uses by probability [L, 3, B]
+)  # fmt: skip
 TOKENS, WEIGHTS, BIAS, AVERAGE, SLOPES = 3, 4, 6, 7, 8  # their places there
 HINTED, HOLDING, OFFERS, RECORD, CALIBRATION = 10, 12, 13, 14, 15
 
@@ -47,6 +50,18 @@ _AVERAGING = np.float32(1 - 0.5 ** (1 / 16))  # half-life of 16 tokens
 _FORGETTING = 1 / 64  # of the recent record, per expert offered
 _FARTHEST = np.float32(6)  # margins beyond say no more
 _ONE = np.float32(1)
+
+
+@helper
+def opened(words):  # type: ignore[no-untyped-def]
+    """The arrays of a state, a tuple."""
+    i64, i32, f64, f32 = np.int64(0), np.int32(0), 0.0, np.float32(0)
+    return (
+        open1(words, 0, i64), open1(words, 1, i64), open3(words, 2, i32), open1(words, 3, i64),
+        open4(words, 4, f32), open3(words, 5, f32), open3(words, 6, f32), open2(words, 7, f32), open3(words, 8, f32),
+        open4(words, 9, f32), open1(words, 10, i64), open3(words, 11, f32), open1(words, 12, i64),
+        open2(words, 13, np.bool_(False)), open2(words, 14, f64), open3(words, 15, f64),
+    )  # fmt: skip
 
 
 @helper
@@ -246,16 +261,16 @@ def _margins(scores, choice, margin):  # type: ignore[no-untyped-def]
         margin[expert] = min(max((scores[expert] - cut) * scale, -_FARTHEST), _FARTHEST)
 
 
-@entry(f"void({STATE}, int64, int32[:, ::1])")
-def observe(state, layer, ids):  # type: ignore[no-untyped-def]
+@entry(f"void({BUNDLE}, int64, int32[:, ::1])")
+def observe(words, layer, ids):  # type: ignore[no-untyped-def]
     """`absorb`, for Python."""
-    absorb(state, layer, ids)
+    absorb(opened(words), layer, ids)
 
 
-@entry(f"void({STATE}, int64, float32[:, ::1], int32[:, ::1])")
-def hint(state, layer, scores, chosen):  # type: ignore[no-untyped-def]
+@entry(f"void({BUNDLE}, int64, float32[:, ::1], int32[:, ::1])")
+def hint(words, layer, scores, chosen):  # type: ignore[no-untyped-def]
     """`take_hint`, for Python."""
-    take_hint(state, layer, scores, chosen)
+    take_hint(opened(words), layer, scores, chosen)
 
 
 @helper
@@ -267,10 +282,10 @@ def any_of(state, layer, rows):  # type: ignore[no-untyped-def]
     return _ONE - none
 
 
-@entry(f"float32[::1]({STATE}, int64, int64)")
-def chances_of_any(state, layer, rows):  # type: ignore[no-untyped-def]
+@entry(f"float32[::1]({BUNDLE}, int64, int64)")
+def chances_of_any(words, layer, rows):  # type: ignore[no-untyped-def]
     """`any_of`, for Python."""
-    return any_of(state, layer, rows)
+    return any_of(opened(words), layer, rows)
 
 
 @helper
@@ -301,10 +316,10 @@ def offer(state, layer, rows, slots, least, limit):  # type: ignore[no-untyped-d
 
 
 @entry(
-    f"Tuple((int32[::1], float64[::1]))({STATE}, int64, int32[:, ::1], float32[:, ::1], int32[:, ::1], int32[::1], "
+    f"Tuple((int32[::1], float64[::1]))({BUNDLE}, int64, int32[:, ::1], float32[:, ::1], int32[:, ::1], int32[::1], "
     "float64, int64)"
 )
-def advance(state, layer, ids, scores, chosen, slots, least, limit):  # type: ignore[no-untyped-def]
+def advance(words, layer, ids, scores, chosen, slots, least, limit):  # type: ignore[no-untyped-def]
     """One step of `layer`: `absorb` it, `take_hint` about the layer foreseen from it, and `offer` that one's experts.
 
     Args:
@@ -313,6 +328,7 @@ def advance(state, layer, ids, scores, chosen, slots, least, limit):  # type: ig
         chosen: its ids, int32 [T, k], or none.
         slots: of the experts of the layer foreseen, int32 [E], or none if there is no such layer.
     """
+    state = opened(words)
     absorb(state, layer, ids)
     target = layer + state[0][AHEAD]
     if len(chosen) and len(slots):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moebius.kernels.numba import foresight, residency
+from moebius.kernels.numba.bundle import BUNDLE
 from moebius.kernels.numba.jit import entry, helper
 
 HITS, UPLOADS, PREFETCHES, USED_PREFETCHES = range(4)  # counts
@@ -57,22 +58,23 @@ def _prefetch(policy, table, predictor, layer, least, unproven):  # type: ignore
 
 
 @entry(
-    f"void({residency.STATE}, {TABLE}, {foresight.STATE}, int32[:, :, ::1], float64, boolean[::1], int64[:, ::1], "
+    f"void({BUNDLE}, {TABLE}, {BUNDLE}, int32[:, :, ::1], float64, boolean[::1], int64[:, ::1], "
     "int8[:, :, ::1])"
 )
-def replay(policy, table, predictor, ids, least, unproven, counts, outcome):  # type: ignore[no-untyped-def]
+def replay(policy_words, table, predictor_words, ids, least, unproven, counts, outcome):  # type: ignore[no-untyped-def]
     """Drive a policy and a predictor with routing, in the order of the live dispatcher.
 
     Args:
-        policy: `residency.STATE`.
+        policy_words: bundle of `residency.KINDS`.
         table: of a SlotTable; changed in place.
-        predictor: `foresight.STATE`.
+        predictor_words: bundle of `foresight.KINDS`.
         ids: int32 [T, L, k], distinct within a layer step.
         least: probability from which experts are offered for prefetch; above 1 for no prediction at all.
         unproven: whether a key was prefetched and not used since, bool [keys].
         counts: int64 [L, COUNTS], added to.
         outcome: int8 [T, L, k], 1 where the expert was resident when its layer began; empty if not wanted.
     """
+    policy, predictor = residency.opened(policy_words), foresight.opened(predictor_words)
     base, _, visible, key_of, state, pins = table
     tokens, layers, top_k = ids.shape
     for token in range(tokens):

@@ -1,7 +1,7 @@
 """Which experts deserve the slots of a pool: what they are worth, learned from their use, and which slot to give up.
 
 The live cache calls `observe` and `choose`; replay calls `follow` and `select`, their bodies, from compiled code. State
-is a tuple of arrays, made by `moebius.gpu_cache.values`, in the order of `STATE`; experts of all layers are keys
+is a bundle of arrays, made by `moebius.gpu_cache.values`, in the order of `KINDS`; experts of all layers are keys
 ``base[layer] + expert``.
 """
 
@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from moebius.kernels.numba.bundle import BUNDLE, open1, open2, open3
 from moebius.kernels.numba.jit import entry, helper
 
 # Kinds of value: the step of the last use, the number of uses, or a weighted sum of features in expected uses.
@@ -18,47 +19,72 @@ RECENCY, COUNT, FEATURES = 0, 1, 2
 # What asks for a slot; equal to `moebius.gpu_cache.policy.Reason`.
 ADMIT, PREFETCH, DEMAND = 0, 1, 2
 
-# rules int64: kind; whether weights are learned; whether pairs are counted; steps of a layer after which nothing moves
-# (0: never); whether each layer has slots of its own.
-KIND, LEARNED, PAIRED, FROZEN_AFTER, PER_LAYER = range(5)
-RULES = 5
+# rules int64: kind; whether weights are learned; whether pairs are counted; whether other layers are listened to; steps
+# of a layer after which nothing moves (0: never); whether each layer has slots of its own.
+KIND, LEARNED, PAIRED, LINKED, FROZEN_AFTER, PER_LAYER = range(6)
+RULES = 6
 # facts float64: price of an upload in misses; share of a layer's experts that a step uses, followed.
 PRICE, SHARE = range(2)
 FACTS = 2
 
-_INT, _FLOAT = "int64[::1]", "float64[::1]"
-STATE = "Tuple((" + ", ".join([
-    _INT, _FLOAT, _INT, _INT,  # rules, facts, base [L + 1], first slot of each layer [L + 1] (if PER_LAYER)
-    _INT, _FLOAT,  # steps [L], value [keys]
-    _FLOAT, "float64[:, ::1]",  # rates [A], averages [A, keys]
-    _INT, "float32[::1]", "float32[:, ::1]",  # first pair of each layer [L], pairs [sum E^2], recent and seen [2, keys]
-    "float64[:, ::1]", "float64[:, :, ::1]", "float64[:, ::1]",  # features [keys, F], moments [3, F, F], weights [2, F]
-]) + "))"  # fmt: skip
-BASE, STEPS, VALUE, AVERAGES = 2, 4, 5, 7  # their places there
-TABLE = "Tuple((int64[::1], uint8[::1], int32[::1]))"  # key, state and pins of each slot, as in SlotTable
+# The state: kinds of its arrays, and what they hold.
+_I64, _I32, _F64, _F32 = np.int64, np.int32, np.float64, np.float32
+KINDS = (
+    (_I64, 1), (_F64, 1), (_I64, 1), (_I64, 1),  # rules, facts, base [L + 1], first slot of each layer (if PER_LAYER)
+    (_I64, 1), (_F64, 1), (_F64, 1),  # steps [L], value [keys] of an expert that wants a slot, and of one that has one
+    (_F64, 1), (_F64, 2),  # rates [A], averages [A, keys]
+    (_I64, 1), (_F32, 1), (_F32, 2),  # first pair of each layer [L], pairs [sum E^2], recent and seen [2, keys]
+    (_F64, 2), (_F64, 3), (_F64, 2),  # features [keys, F], moments [3, F, F], weights [2, F]
+    # first link to a layer from each of the `LAGS` before it [L, LAGS], links [sum of products of E] and the squared
+    # errors that they learned from [L, LAGS, E]; experts last used [L, MOST], links last followed [L, LAGS, MOST]
+    (_I64, 2), (_F32, 1), (_F32, 3), (_I32, 2), (_I64, 3),
+)  # fmt: skip
+BASE, STEPS, VALUE, AVERAGES = 2, 4, 5, 8  # their places there
+TABLE = ((np.int64, 1), (np.uint8, 1), (np.int32, 1))  # key, state and pins of each slot, as in SlotTable
 FREE, LOADING = 0, 1
+
+LAGS = 3  # layers before a layer, whose experts say something about the next use of its own; the last are before the first
+MOST = 16  # experts of a step up to which it says something
+_LINK_RATE = 0.05  # at 0.01 and 0.2 costs differ by less than 0.001
+# What the weakest of many residents is worth lies below what is foreseen of it, by a choice among errors; so of what
+# links say a resident expert counts a third. With all of it, cost rises by 0.005 at a low price.
+_LINK_TRUST = 1 / 3
 
 _PAIR_DECAY = 0.5  # of a use's credit per step: the next use counts half, the one after it a quarter
 _PAIR_LIMIT = 1000.0  # uses after which an expert's pairs are halved, so that old habits fade
 _CONSTANT = 0.1  # the constant feature, of the size of the others
 _SAMPLE = 4  # every fourth expert of a step is learned from
 _PERIOD, _FADE = 64, 0.999  # steps between solutions for the weights, and what is left of the moments then
-_RIDGE = 100.0  # pull of the weights to the prior; at 10 and 1000 costs differ by less than 0.002
+_RIDGE = 10.0  # pull of the weights to the prior; at 10 and 100 costs differ by less than 0.001 on real routing
+
+
+@helper
+def opened(words):  # type: ignore[no-untyped-def]
+    """The arrays of a state, a tuple."""
+    i64, i32, f64, f32 = np.int64(0), np.int32(0), 0.0, np.float32(0)
+    return (
+        open1(words, 0, i64), open1(words, 1, f64), open1(words, 2, i64), open1(words, 3, i64),
+        open1(words, 4, i64), open1(words, 5, f64), open1(words, 6, f64),
+        open1(words, 7, f64), open2(words, 8, f64),
+        open1(words, 9, i64), open1(words, 10, f32), open2(words, 11, f32),
+        open2(words, 12, f64), open3(words, 13, f64), open2(words, 14, f64),
+        open2(words, 15, i64), open1(words, 16, f32), open3(words, 17, f32), open2(words, 18, i32), open3(words, 19, i64),
+    )  # fmt: skip
 
 
 @helper
 def horizon(facts):  # type: ignore[no-untyped-def]
-    """Steps over which an upload has to pay: the root of price and of rarity, as economic lot sizes go.
+    """Steps over which an upload has to pay: longer for dear uploads and for experts that are used rarely.
 
     Best on real routing within a tenth, from top-1 to top-8 of 32 and 64 experts and prices from 1/4 to 3.
     """
-    return max(2.0, math.sqrt(8.0 * facts[PRICE] / max(facts[SHARE], 1e-6)))
+    return max(2.0, math.sqrt(8.0 / max(facts[SHARE], 1e-6)) * facts[PRICE] ** 0.75)
 
 
 @helper
 def follow(state, layer, experts):  # type: ignore[no-untyped-def]
     """One step of `layer` used `experts` (int32 [A], distinct): bring values up to date."""
-    rules, facts, base, _, steps, value, _, _, _, _, _, _, _, _ = state
+    rules, facts, base, steps, value = state[0], state[1], state[BASE], state[STEPS], state[VALUE]
     first, count = base[layer], base[layer + 1] - base[layer]
     steps[layer] += 1
     facts[SHARE] += 0.01 * (len(experts) / count - facts[SHARE])
@@ -67,7 +93,7 @@ def follow(state, layer, experts):  # type: ignore[no-untyped-def]
         for expert in experts:
             used[expert] = 1.0
         fresh = _pair_scores(state, layer, experts, count)
-        _revalue(state, layer, used, fresh)
+        _revalue(state, layer, experts, used, fresh)
     elif rules[FROZEN_AFTER] == 0 or steps[layer] <= rules[FROZEN_AFTER]:
         for i in range(len(experts)):
             key = (
@@ -79,7 +105,7 @@ def follow(state, layer, experts):  # type: ignore[no-untyped-def]
 @helper
 def _pair_scores(state, layer, experts, count):  # type: ignore[no-untyped-def]
     """Count which experts follow which, and score each expert by what followed those just used before, float64 [E]."""
-    rules, facts, base, _, _, _, _, _, first_pair, pairs, recent, _, _, _ = state
+    rules, facts, base, first_pair, pairs, recent = state[0], state[1], state[BASE], state[9], state[10], state[11]
     scores = np.zeros(count)
     if not rules[PAIRED]:
         return scores
@@ -104,15 +130,19 @@ def _pair_scores(state, layer, experts, count):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _revalue(state, layer, used, scores):  # type: ignore[no-untyped-def]
+def _revalue(state, layer, experts, used, scores):  # type: ignore[no-untyped-def]
     """New averages, features and values of a layer's experts; what the step teaches about the weights."""
-    rules, facts, base, _, steps, value, rates, averages, _, _, _, features, moments, weights = state
+    rules, facts, base, _, steps, value, kept, rates, averages = state[:9]
+    features, moments, weights = state[12:15]
     size = len(weights[0])
     distance = horizon(facts)
     if not rules[LEARNED] or steps[0] < _PERIOD:
         weights[0] = distance * weights[1]
     elif layer == 0 and steps[0] % _PERIOD == 0:
         _solve(moments, weights, distance)
+    links = _links_of_now(state, layer)
+    linked = _follow_links(state, links, len(used))
+    errors, trust = np.empty(len(used), np.float32), (1.0 - _LINK_TRUST) * weights[0, size - 2]
     fresh = np.empty(size)
     for expert in range(len(used)):
         key = base[layer] + expert
@@ -120,14 +150,77 @@ def _revalue(state, layer, used, scores):  # type: ignore[no-untyped-def]
             rate = max(rates[i], 1.0 / (steps[layer] + 1))  # at first the plain mean, which a long half-life needs
             averages[i, key] += rate * (used[expert] - averages[i, key])
             fresh[i] = averages[i, key]
-        fresh[size - 2], fresh[size - 1] = scores[expert], _CONSTANT
+        fresh[size - 3], fresh[size - 2], fresh[size - 1] = scores[expert], linked[expert], _CONSTANT
         if rules[LEARNED] and steps[layer] > 1 and (steps[layer] + expert) % _SAMPLE == 0:
             _learn(moments, features[key], fresh, used[expert])
         worth = 0.0
         for i in range(size):
             features[key, i] = fresh[i]
             worth += weights[0, i] * fresh[i]
+        errors[expert] = used[expert] + (1.0 - 1.0 / distance) * worth - value[key]
         value[key] = worth
+        kept[key] = worth - trust * linked[expert]
+    if rules[LINKED]:
+        _learn_links(state, layer, errors, distance)
+        _remember_links(state, layer, experts, links)
+
+
+@helper
+def _links_of_now(state, layer):  # type: ignore[no-untyped-def]
+    """First links of the experts that the layers before `layer` used last, -1 for none, int64 [LAGS, MOST]."""
+    links = np.full((LAGS, MOST), np.int64(-1))
+    rules, base, first_link, last = state[0], state[BASE], state[15], state[18]
+    if rules[LINKED]:
+        layers, count = len(last), base[layer + 1] - base[layer]
+        for lag in range(LAGS):
+            for i, expert in enumerate(last[(layer - 1 - lag) % layers]):
+                if expert < 0:
+                    break
+                links[lag, i] = first_link[layer, lag] + expert * count
+    return links
+
+
+@helper
+def _follow_links(state, links, count):  # type: ignore[no-untyped-def]
+    """What the links say of each expert of their layer, in uses per step, float32 [E]."""
+    said, strengths = np.zeros(count, np.float32), state[16]
+    for lag in range(LAGS):
+        for first in links[lag]:
+            if first < 0:
+                break
+            strength = strengths[first : first + count]
+            for expert in range(count):
+                said[expert] += strength[expert]
+    return said
+
+
+@helper
+def _learn_links(state, layer, errors, distance):  # type: ignore[no-untyped-def]
+    """A step of the links last followed against the errors of values (temporal differences, AdaGrad)."""
+    first_link, strengths, squares, links = state[15], state[16], state[17], state[19][layer]
+    count = len(errors)
+    grown = np.float32(0)
+    for error in errors:
+        grown += error * error
+    for lag in range(LAGS):
+        for first in links[lag]:
+            if first < 0:
+                break
+            source = (first - first_link[layer, lag]) // count
+            squares[layer, lag, source] += grown / np.float32(count)
+            rate = np.float32(_LINK_RATE / distance / math.sqrt(squares[layer, lag, source] + 1))
+            strength = strengths[first : first + count]
+            for expert in range(count):
+                strength[expert] += rate * errors[expert]
+
+
+@helper
+def _remember_links(state, layer, experts, links):  # type: ignore[no-untyped-def]
+    last, followed = state[18], state[19]
+    followed[layer] = links
+    last[layer] = -1
+    if len(experts) <= MOST:
+        last[layer, : len(experts)] = experts
 
 
 @helper
@@ -186,7 +279,7 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
     Args:
         chances: probability that the layer's next step uses the expert, float64 [n]; read for PREFETCH only.
     """
-    rules, _, base, shares, steps, value, _, _, _, _, _, _, _, _ = state
+    rules, _, base, shares, steps, value, kept = state[:7]
     keys, states, pins = table
     slots = np.full(len(experts), np.int32(-1))
     if rules[FROZEN_AFTER] > 0 and steps[layer] > rules[FROZEN_AFTER]:
@@ -195,14 +288,14 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
     by_value = reason != PREFETCH and rules[KIND] != RECENCY
     for i in _most_wanted_first(value, base[layer], experts, chances, by_value):
         key = base[layer] + experts[i]
-        slot, weakest = _weakest(keys, states, pins, value, slots, begin, end)
+        slot, weakest = _weakest(keys, states, pins, kept, slots, begin, end)
         if slot < 0 or not _deserves(state, layer, key, weakest, chances[i], reason):
             break
         slots[i] = slot
         if rules[KIND] == RECENCY:
-            value[key] = max(value[key], float(steps[layer]))
+            value[key] = kept[key] = max(value[key], float(steps[layer]))
         elif reason == PREFETCH and rules[KIND] == FEATURES:
-            value[key] = _foreseen(state, value[key], chances[i])
+            value[key] = kept[key] = _foreseen(state, value[key], chances[i])
     return slots
 
 
@@ -241,7 +334,7 @@ def _weakest(keys, states, pins, value, taken, begin, end):  # type: ignore[no-u
 @helper
 def _foreseen(state, worth, chance):  # type: ignore[no-untyped-def]
     """Expected uses of an expert whose next use has become likelier: the use itself and what it says of later ones."""
-    _, facts, _, _, _, _, rates, _, _, _, _, _, _, weights = state
+    facts, rates, weights = state[1], state[7], state[14]
     later = 0.0
     for i in range(len(rates)):
         later += weights[0, i] * rates[i]
@@ -251,7 +344,7 @@ def _foreseen(state, worth, chance):  # type: ignore[no-untyped-def]
 @helper
 def _deserves(state, layer, key, weakest, chance, reason):  # type: ignore[no-untyped-def]
     """Whether the expert `key` should take the place of one that is worth `weakest`."""
-    rules, facts, _, _, steps, value, _, _, _, _, _, _, _, _ = state
+    rules, facts, steps, value = state[0], state[1], state[STEPS], state[VALUE]
     price = facts[PRICE]
     if reason == DEMAND:
         return True
@@ -271,13 +364,14 @@ def _deserves(state, layer, key, weakest, chance, reason):  # type: ignore[no-un
     return _foreseen(state, value[key], chance) - weakest - price > waiting
 
 
-@entry(f"void({STATE}, int64, int32[::1])")
-def observe(state, layer, experts):  # type: ignore[no-untyped-def]
+@entry(f"void({BUNDLE}, int64, int32[::1])")
+def observe(words, layer, experts):  # type: ignore[no-untyped-def]
     """`follow`, for Python."""
-    follow(state, layer, experts)
+    follow(opened(words), layer, experts)
 
 
-@entry(f"int32[::1]({STATE}, {TABLE}, int64, int32[::1], float64[::1], int64)")
-def choose(state, table, layer, experts, chances, reason):  # type: ignore[no-untyped-def]
-    """`select`, for Python."""
-    return select(state, table, layer, experts, chances, reason)
+@entry(f"int32[::1]({BUNDLE}, {BUNDLE}, int64, int32[::1], float64[::1], int64)")
+def choose(words, table, layer, experts, chances, reason):  # type: ignore[no-untyped-def]
+    """`select`, for Python, with a bundle of `TABLE`."""
+    slots = open1(table, 0, np.int64(0)), open1(table, 1, np.uint8(0)), open1(table, 2, np.int32(0))
+    return select(opened(words), slots, layer, experts, chances, reason)

@@ -57,7 +57,7 @@ class PlainEMA:
 
     def step(self, layer: int, experts: list[int]) -> tuple[int, int]:
         self.share += 0.01 * (len(experts) / self.experts - self.share)
-        horizon = max(2.0, math.sqrt(8 * self.price / self.share))
+        horizon = max(2.0, math.sqrt(8 / self.share) * self.price**0.75)
         self.steps[layer] = self.steps.get(layer, 0) + 1
         rate = max(1 - 0.5 ** (1 / 16), 1 / (self.steps[layer] + 1))
         for expert in range(self.experts):
