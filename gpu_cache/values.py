@@ -146,5 +146,7 @@ def _starts(counts: Sequence[int]) -> np.ndarray:
 
 def _first_links(experts: Sequence[int]) -> np.ndarray:
     """Where the links of each layer from each of the `LAGS` layers before begin, and the end, int64 [L * LAGS + 1]."""
-    sources = [(count, (layer - 1 - lag) % len(experts)) for layer, count in enumerate(experts) for lag in range(residency.LAGS)]
-    return _starts([count * experts[source] for count, source in sources])
+    earlier = [
+        [experts[(layer - 1 - lag) % len(experts)] for lag in range(residency.LAGS)] for layer in range(len(experts))
+    ]
+    return _starts([count * other for count, others in zip(experts, earlier, strict=True) for other in others])

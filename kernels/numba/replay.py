@@ -57,10 +57,7 @@ def _prefetch(policy, table, predictor, layer, least, unproven):  # type: ignore
     return _place(table, layer, likely, slots)
 
 
-@entry(
-    f"void({BUNDLE}, {TABLE}, {BUNDLE}, int32[:, :, ::1], float64, boolean[::1], int64[:, ::1], "
-    "int8[:, :, ::1])"
-)
+@entry(f"void({BUNDLE}, {TABLE}, {BUNDLE}, int32[:, :, ::1], float64, boolean[::1], int64[:, ::1], int8[:, :, ::1])")
 def replay(policy_words, table, predictor_words, ids, least, unproven, counts, outcome):  # type: ignore[no-untyped-def]
     """Drive a policy and a predictor with routing, in the order of the live dispatcher.
 

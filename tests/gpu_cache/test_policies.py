@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moebius.gpu_cache.policy import POLICIES, Reason, make_policy
+from moebius.gpu_cache.policy import POLICIES, Default, Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
 
 
@@ -149,6 +150,18 @@ def test_prefetch_needs_a_chance_above_break_even(name):
     absent = np.flatnonzero(table.lookup(1, np.arange(16)) < 0)[:1].astype(np.int32)
     assert policy.place(table, 1, absent, Reason.PREFETCH, np.array([0.32])).tolist() == [-1]
     assert policy.place(table, 1, absent, Reason.PREFETCH, np.array([1.0]))[0] >= 0
+
+
+class Unlinked(Default):
+    rule = replace(Default.rule, linked=False)
+
+
+def test_default_hears_the_layers_before(monkeypatch):
+    """Links to the wrong layer or token, or never learned: each layer's next experts are told by the layer before."""
+    monkeypatch.setitem(POLICIES, "unlinked", Unlinked)
+    first = draw(np.random.default_rng(7), 1200, 1, 16, 2)
+    routing = np.concatenate([first, np.roll(first, 1, axis=0) * 5 % 16], axis=1)
+    assert cost("default", routing, 16, 8, 0.25) < 0.97 * cost("unlinked", routing, 16, 8, 0.25)
 
 
 def cyclic(rng: np.random.Generator) -> np.ndarray:
