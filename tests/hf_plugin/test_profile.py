@@ -72,7 +72,7 @@ def test_the_first_tokens_cost_less_and_a_wrong_profile_is_forgotten(slots: int)
         warm += costs(held_out, uses, slots)
         opposite += costs(held_out, [use.max() - use for use in uses], slots)
     assert warm[0] < 0.95 * cold[0]
-    assert opposite[0] > 1.05 * cold[0], "the profile has no effect"
+    assert opposite[0] > 1.02 * cold[0], "the profile has no effect"
     assert opposite[1] < 1.05 * cold[1]
 
 
