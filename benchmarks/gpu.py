@@ -1,21 +1,25 @@
 """One call that measures the GPU tier: kernels against transformers', whole models at several cache budgets, overlap.
 
-    python benchmarks/gpu.py --trace TRACE.npz --out benchmarks/results/gpu_NAME.json     # below 10 minutes
-    python benchmarks/gpu.py --dry-run                                                    # tiny, on the emulated device
+    python -m benchmarks.gpu --out benchmarks/results/gpu_NAME.json     # below 10 minutes
+    python -m benchmarks.gpu --dry-run                                  # tiny, on the emulated device
 
-The sweep comes last and keeps the fastest tiles, as `moebius warmup` does; after a call with `--parts sweep` the other
-parts use them. Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises
-leaves its error in the results, and the others go on.
+Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises leaves its traceback
+in the results, and the others go on; a run that hangs prints where, and ends. The sweep comes last and keeps the
+fastest tiles, as `moebius warmup` does; after a call with `--parts sweep` the other parts use them.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import json
+import os
 import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -32,10 +36,12 @@ from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import Routes, build_routes
 
 try:
-    from benchmarks.gpu_model import measure_model
+    from benchmarks.gpu_model import measure_accelerate, measure_model
 except ModuleNotFoundError:  # run as a script
-    from gpu_model import measure_model  # type: ignore[import-not-found,no-redef]
+    from gpu_model import measure_accelerate, measure_model  # type: ignore[import-not-found,no-redef]
 
+GRACE_S = 50  # after the deadline, for the part that is running
+PARTS = ("kernels", "model", "accelerate", "sweep")
 FORMATS = ("bf16", "int8", "int4")
 SWEPT = {"decode": 1, "batch": 64, "prompt": None}  # tokens of each class, None for those of a long prompt
 
@@ -64,7 +70,8 @@ class Report:
     def __init__(self, out: Path | None, seconds: float, device: torch.device) -> None:
         self.out, self.device = out, device
         self.deadline = perf_counter() + seconds
-        self.data: dict[str, Any] = {"machine": machine(device), "rows": [], "errors": [], "skipped": []}
+        self.data: dict[str, Any] = {"machine": machine(device), "rows": [], "errors": [], "skipped": [], "parts": {}}
+        self.bandwidth: float | None = None  # of a copy on the device, bytes per second
 
     def add(self, **row: Any) -> None:
         print(json.dumps(row), flush=True)
@@ -72,29 +79,48 @@ class Report:
         self.save()
 
     def part(self, name: str, run: Callable[[], None]) -> None:
-        if perf_counter() > self.deadline:
+        """Run a part; its seconds and the device memory that it leaves are written down, or why it failed."""
+        begun = perf_counter()
+        if begun > self.deadline:
             self.data["skipped"].append(name)
-        else:
-            try:
-                run()
-            except Exception:  # noqa: BLE001 (kept in the results; the other parts are still worth having)
-                self.data["errors"].append({"part": name, "error": traceback.format_exc()})
-                print(traceback.format_exc(), flush=True)
+            self.save()
+            return
+        try:
+            run()
+        except Exception:  # noqa: BLE001 (kept in the results; the other parts are still worth having)
+            self.data["errors"].append({"part": name, "error": traceback.format_exc()})
+            print(traceback.format_exc(), flush=True)
+        self.data["parts"][name] = {"seconds": perf_counter() - begun} | self._memory()
         self.save()
+
+    def _memory(self) -> dict[str, int]:
+        if self.device.type == "cpu":
+            return {}
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
 
     def save(self) -> None:
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(json.dumps(self.data, indent=1) + "\n")
+            written = self.out.with_suffix(".part")  # a run that is killed while it writes leaves the former file
+            written.write_text(json.dumps(self.data, indent=1) + "\n")
+            os.replace(written, self.out)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    import psutil
     import transformers
 
-    triton = __import__("triton").__version__ if device.type != "cpu" else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton}
-    return {"device": name, **versions, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {"device": platform.processor(), "triton": None}
+    if device.type != "cpu":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        total = torch.cuda.get_device_properties(device).total_memory
+        facts = {"device": torch.cuda.get_device_name(device), "capability": capability, "device_bytes": total}
+        facts |= {"cuda": torch.version.cuda, "triton": __import__("triton").__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "moebius": moebius.__version__}
+    host = {"cores": psutil.cpu_count(logical=False), "host_bytes": psutil.virtual_memory().total}
+    return facts | versions | {"transformers": transformers.__version__} | host
 
 
 def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> tuple[float, str]:
@@ -127,7 +153,7 @@ def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) ->
     return sorted(times)[len(times) // 2] / len(calls), how
 
 
-def measure_copies(report: Report, sizes: Sizes) -> float:
+def measure_copies(report: Report, sizes: Sizes) -> None:
     """Bytes read and written per second by a copy on the device; and uploads from pinned memory."""
     device = report.device
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device)
@@ -135,9 +161,9 @@ def measure_copies(report: Report, sizes: Sizes) -> float:
     host = torch.empty(sizes.copy_bytes // 8, dtype=torch.uint8, pin_memory=device.type == "cuda")
     on_device, _ = seconds_per_call([lambda: target.copy_(source)] * 3, device)
     upload, _ = seconds_per_call([lambda: target[: len(host)].copy_(host, non_blocking=True)] * 3, device)
-    bandwidth = 2 * source.nbytes / on_device
-    report.add(part="copies", device_gbytes_per_s=bandwidth / 1e9, upload_gbytes_per_s=host.nbytes / upload / 1e9)
-    return bandwidth
+    report.bandwidth = 2 * source.nbytes / on_device
+    speeds = {"device_gbytes_per_s": report.bandwidth / 1e9, "upload_gbytes_per_s": host.nbytes / upload / 1e9}
+    report.add(part="copies", **speeds)
 
 
 class Layer:
@@ -183,27 +209,27 @@ class Layer:
         tiles = tile_table(routes, slots, tile.pairs, self.device)
         return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles, tile)
 
-    def error(self) -> float:
-        """||ours - reference|| / ||reference|| of one token in float64."""
-        x, routes = self.step(1, 99)
+    def error(self, tokens: int) -> float:
+        """||ours - reference|| / ||reference|| in float64."""
+        x, routes = self.step(tokens, 99)
         expected = torch.zeros(x.shape, dtype=torch.float64)
         weights = [unpack(self.layout, self.pool[int(expert)].cpu()) for expert in routes.experts]
         moe_forward(self.spec, weights, x.cpu(), routes, expected)
         return float((self.call(x, routes)().cpu().double() - expected).norm() / expected.norm())
 
 
-def measure_kernels(report: Report, sizes: Sizes, format: str, bandwidth: float) -> None:
+def measure_kernels(report: Report, sizes: Sizes, format: str) -> None:
     """Decode and prefill with all experts resident: time, bytes of the distinct experts per second, FLOP/s."""
     layer = Layer(sizes, format, report.device)
-    error = layer.error()
     for tokens in (*sizes.decode_tokens, sizes.prefill_tokens):
         count = sizes.calls if tokens <= 64 else 4
         steps = [layer.step(tokens, seed) for seed in range(count)]
         took, how = seconds_per_call([layer.call(x, routes) for x, routes in steps], report.device)
         nbytes = np.mean([len(routes.experts) for _, routes in steps]) * layer.layout.nbytes
         flops = 6 * sizes.hidden * sizes.intermediate * tokens * sizes.top_k
-        share = nbytes / took / bandwidth
-        row = {"us": took * 1e6, "timed": how, "share_of_copy": share, "tflops": flops / took / 1e12, "error": error}
+        share = nbytes / took / report.bandwidth if report.bandwidth else None
+        row = {"us": took * 1e6, "timed": how, "share_of_copy": share, "tflops": flops / took / 1e12}
+        row |= {"error": layer.error(min(tokens, 64))}  # by the same kernels
         report.add(part="kernel", kernel="moebius", format=format, tokens=tokens, **row)
 
 
@@ -262,31 +288,37 @@ def sweep_tiles(report: Report, sizes: Sizes, format: str, kind: str) -> None:
     report.add(part="sweep", format=format, tokens=tokens, built_in=default, best=best)
 
 
+def plan(report: Report, sizes: Sizes, trace: str | None, dry: bool) -> dict[str, list[tuple[str, Callable[[], None]]]]:
+    """What there is to run, by part, the most wanted first."""
+    kernels: list[tuple[str, Callable[[], None]]] = [("copies", partial(measure_copies, report, sizes))]
+    kernels += [(f"kernels {format}", partial(measure_kernels, report, sizes, format)) for format in FORMATS]
+    kernels += [("rivals", partial(measure_rivals, report, sizes))]
+    model = [(f"model {name}", partial(measure_model, report, name, trace, dry)) for name in ("bf16", "int4")]
+    accelerate = [("accelerate", partial(measure_accelerate, report, trace, dry))]
+    pairs = product(SWEPT, FORMATS)
+    sweep = [(f"sweep {f} {kind}", partial(sweep_tiles, report, sizes, f, kind)) for kind, f in pairs]
+    return {"kernels": kernels, "model": model, "accelerate": accelerate, "sweep": sweep}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--trace", help="recorded routing (.npz) that the whole model is forced to follow")
-    parser.add_argument("--out", type=Path, help="results as JSON")
-    parser.add_argument("--seconds", type=float, default=540, help="no part begins later than this")
-    parser.add_argument("--parts", default="kernels,model,sweep", help="of kernels, model, sweep")
+    parser.add_argument("--trace", help="recorded routing (.npz) that models are made to follow; default: the excerpt")
+    parser.add_argument("--out", type=Path, help="results as JSON; timelines are written beside it")
+    parser.add_argument("--seconds", type=float, default=520, help="no part begins later than this")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the emulated device")
     chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.parts.split(",")) - {*PARTS}:
+        parser.error(f"{', '.join(sorted(unknown))} is no part; choose of {', '.join(PARTS)}")
     if not chosen.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; use --dry-run")
+    faulthandler.dump_traceback_later(chosen.seconds + GRACE_S, exit=True)
     sizes, device = (TINY, torch.device("cpu")) if chosen.dry_run else (FULL, torch.device("cuda", 0))
-    report, parts = Report(chosen.out, chosen.seconds, device), chosen.parts.split(",")
-    report.data["machine"]["moebius"] = moebius.__version__
-    if "kernels" in parts:
-        bandwidth = measure_copies(report, sizes)
-        for format in FORMATS:
-            report.part(f"kernels {format}", lambda format=format: measure_kernels(report, sizes, format, bandwidth))
-        report.part("rivals", lambda: measure_rivals(report, sizes))
-    if "model" in parts:
-        report.part("model", lambda: measure_model(report, chosen.trace, chosen.dry_run))
-    if "sweep" in parts:
-        for format, kind in product(FORMATS, SWEPT):
-            report.part(
-                f"sweep {format} {kind}", lambda format=format, kind=kind: sweep_tiles(report, sizes, format, kind)
-            )
+    report = Report(chosen.out, chosen.seconds, device)
+    available = plan(report, sizes, chosen.trace, chosen.dry_run)
+    for name, run in [step for part in PARTS if part in chosen.parts.split(",") for step in available[part]]:
+        report.part(name, run)
+    faulthandler.cancel_dump_traceback_later()
     return report.data
 
 

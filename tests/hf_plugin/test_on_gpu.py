@@ -6,12 +6,18 @@ import gc
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moebius
+from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.driver import Driver
+from moebius.hf_plugin import runtime
+from moebius.hf_plugin.patching import runtimes
+from moebius.hf_plugin.runtime import ModelRuntime
+from moebius.predictors.costs import CostModel
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt
 
@@ -37,6 +43,56 @@ def test_results(budget: float) -> None:
         assert stats.caches[0].device == f"cuda:{torch.cuda.current_device()}"
         assert not any("not pinned" in note for note in stats.notes)
     assert_close(logits(model, ids), want)
+
+
+class _HitsThere(CostModel):
+    """Residents are the device's, all others the CPU's."""
+
+    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
+        return resident.copy()
+
+
+def test_the_processors_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches whatever makes the host wait for the device between the launch of its experts and the CPU's own, or
+    before it goes on to the next layer: a copy from pageable memory, a tensor that is looked at."""
+    compute, on_cpu, layer = AcceleratorDevice.compute, ModelRuntime.on_cpu, runtime.run_layer
+    launched: list[Any] = []
+    beside, after = [], []
+
+    def slow(self: Any, work: Any, uploads: Any) -> Any:
+        def sleepy() -> torch.Tensor:
+            torch.cuda._sleep(20_000_000)  # 10 ms
+            return work()
+
+        launched.append(compute(self, sleepy, uploads))
+        return launched[-1]
+
+    def watched(self: Any, *arguments: Any) -> None:
+        if launched:
+            beside.append(not launched[-1].completion.done())
+        on_cpu(self, *arguments)
+
+    def returned(*arguments: Any) -> torch.Tensor:
+        launched.clear()
+        result = layer(*arguments)
+        if launched:
+            after.append(not launched[-1].completion.done())
+        return result
+
+    model, ids = on_gpu(helpers.trained())
+    want = greedy(model, ids[:1])
+    with patched(model, device="cuda", gpu_memory=0.5):
+        [shared] = runtimes(model)
+        costs = shared.tiers[0].costs
+        shared.tiers[0].costs = _HitsThere(costs.cpu, costs.gpu, costs.upload_us)
+        assert greedy(model, ids[:1]) == want
+        monkeypatch.setattr(AcceleratorDevice, "compute", slow)
+        monkeypatch.setattr(ModelRuntime, "on_cpu", watched)
+        monkeypatch.setattr(runtime, "run_layer", returned)
+        assert greedy(model, ids[:1]) == want
+    assert len(beside) > 4
+    assert all(beside), "the CPU began when the device had ended"
+    assert all(after), "the layer returned when the device had ended"
 
 
 def test_staged_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
