@@ -36,9 +36,12 @@ class StepBuffers:
 
     def __init__(self, driver: Driver, nbytes: int) -> None:
         self._driver = driver
-        self._there: torch.Tensor = driver.empty(1, nbytes)[0]
         try:
-            self._here, self._sums = driver.pinned(nbytes), driver.pinned(nbytes)
+            with torch.inference_mode(False):  # what is made inside cannot be written outside
+                self._there: torch.Tensor = driver.empty(1, nbytes)[0]
+                self._here, self._sums = driver.pinned(nbytes), driver.pinned(nbytes)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"the driver pins no {nbytes:,} bytes of host memory, through which each layer's inputs and outputs "
@@ -47,6 +50,7 @@ class StepBuffers:
         self._sum: torch.Tensor = torch.empty(0)  # the view of them that the last step used
         self._plans: dict[Any, _Plan] = {}  # by shapes and dtypes
         self._stream: Any = None
+        self._sending: Any = None  # the stream that may still read the sums
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same in host memory, by one copy that the host waits for.
@@ -62,6 +66,7 @@ class StepBuffers:
         torch.cat(_bytes_of(tensors, plan.order), out=plan.there)
         self._driver.fetch(plan.here, plan.there)
         stream.synchronize()
+        self._sending = None
         return list(plan.views)
 
     def _plan(self, tensors: Sequence[torch.Tensor]) -> _Plan:
@@ -70,26 +75,32 @@ class StepBuffers:
         if (plan := self._plans.get(key)) is not None:
             return plan
         nbytes, order = sum(tensor.nbytes for tensor in tensors), _order(tensors)
-        if nbytes > len(self._here):
-            here = self._driver.pinned(nbytes)
-            return _Plan(order, self._driver.empty(1, nbytes)[0], here, _views(here, tensors, order))
+        with torch.inference_mode(False):
+            if nbytes > len(self._here):
+                here = self._driver.pinned(nbytes)
+                return _Plan(order, self._driver.empty(1, nbytes)[0], here, _views(here, tensors, order))
+            here = self._here[:nbytes]
+            plan = _Plan(order, self._there[:nbytes], here, _views(here, tensors, order))
         if len(self._plans) == _PLANS:
             self._plans.clear()
-        here = self._here[:nbytes]
-        return self._plans.setdefault(key, _Plan(order, self._there[:nbytes], here, _views(here, tensors, order)))
+        return self._plans.setdefault(key, plan)
 
     def zeros(self, rows: int, width: int) -> torch.Tensor:
         """Pinned zeros fp32 [rows, width], for `to_device`."""
+        if self._sending is not None:  # no `to_host` has waited for it since
+            self._sending.synchronize()
         if self._sum.shape != (rows, width):
             nbytes = 4 * rows * width
-            memory = self._sums[:nbytes] if nbytes <= len(self._sums) else self._driver.pinned(nbytes)
-            self._sum = memory.view(torch.float32).view(rows, width)
+            with torch.inference_mode(False):
+                memory = self._sums[:nbytes] if nbytes <= len(self._sums) else self._driver.pinned(nbytes)
+                self._sum = memory.view(torch.float32).view(rows, width)
         return self._sum.zero_()
 
     def to_device(self, total: torch.Tensor) -> torch.Tensor:
         """The sum, from `zeros` of this step, on the device; the host does not wait."""
         target = torch.empty(total.shape, dtype=total.dtype, device=self._driver.device)
         self._driver.copy(target.view(-1).view(torch.uint8), total.view(-1).view(torch.uint8))
+        self._sending = self._driver.current_stream()
         return target
 
 
