@@ -66,7 +66,7 @@ def apply_choice() -> None:
     level = _chosen()
     if level is None:
         return
-    if not _is_x86():
+    if not is_x86():
         if level != "portable":
             raise ValueError(f"MOEBIUS_ISA={level} does not exist on {platform.machine()}; only portable does")
         return
@@ -82,7 +82,7 @@ def apply_choice() -> None:
 
 def levels() -> list[str]:
     """The levels that MOEBIUS_ISA may name on this machine."""
-    return [level for level in _LEVELS if not _missing(level)] if _is_x86() else ["portable"]
+    return [level for level in _LEVELS if not _missing(level)] if is_x86() else ["portable"]
 
 
 def has_tiles() -> bool:
@@ -107,7 +107,7 @@ def tiles_granted() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
-def _is_x86() -> bool:
+def is_x86() -> bool:
     return platform.machine() in ("x86_64", "AMD64")
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from moebius.kernels.numba import amx, words
 from moebius.kernels.numba.amx import only_with_tiles
+from moebius.kernels.numba.bfloats import width_of
 from moebius.kernels.numba.outer import LINE, PANEL_ROWS, PITCH, SUMS, X_LINE
-from moebius.kernels.numba.simd import prefetch
+from moebius.kernels.numba.simd import LANES, prefetch
 from moebius.kernels.numba.units import word
 
 assert (PANEL_ROWS, LINE) == (amx.ROWS, amx.LINE)
@@ -30,6 +31,12 @@ def end_tiles(job):  # type: ignore[no-untyped-def]
     if word(job, words.PAIRED) and word(job, words.PACKS):
         amx.release()
     return True
+
+
+@only_with_tiles
+def packs_by_sixteen(vector):  # type: ignore[no-untyped-def]
+    """Whether vectors are packed as right operands: 64 bytes hold two columns, interleaved, of sixteen vectors."""
+    return width_of(vector) > LANES
 
 
 @only_with_tiles

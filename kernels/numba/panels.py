@@ -1,9 +1,9 @@
 """Experts with many pairs: blocks of sixteen rows times all of an expert's vectors, in the register tiles of `outer`.
 
 Weights of every format are unpacked into a *panel*: sixteen rows of up to 2048 bytes of fp32 or bf16, zeros beyond the
-end of a row. Vectors are *packed* by sixteen pairs: 64 bytes hold one column (with bf16 two, interleaved) of sixteen
-vectors, zeros beyond the last column, which is a multiple of 32. Products are in bf16 where weights are no finer, the
-caller's inputs are bf16 and the processor multiplies it; in fp32 elsewhere.
+end of a row. Vectors are *packed* by sixteen pairs, in pieces (see `outer`; for AMX see `outer_tiles`), zeros beyond
+the last column, which is a multiple of 32. Products are in bf16 where weights are no finer, the caller's inputs are
+bf16 and the processor multiplies it; in fp32 elsewhere.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from moebius.kernels.numba.outer import (
     SUMS,
     X_LINE,
     keep,
+    keep_pieces,
     keep_rows,
-    tile_of_one,
-    tile_of_two,
+    multiply_block,
+    transpose_pieces,
 )
-from moebius.kernels.numba.outer_tiles import multiply_tiles
-from moebius.kernels.numba.simd import LANES, load, prefetch, splat, zeros
+from moebius.kernels.numba.outer_tiles import multiply_tiles, packs_by_sixteen
+from moebius.kernels.numba.simd import LANES, load, prefetch, prefetch_later, splat, store, zeros
 from moebius.kernels.numba.units import (
     ROWS,
     add_output,
@@ -64,7 +65,7 @@ def _padded(n):  # type: ignore[no-untyped-def]
 @helper
 def _columns(vector):  # type: ignore[no-untyped-def]
     """Columns of a panel: few in fp32, whose sums of products would lose digits in one long row of additions."""
-    return 1024 if width_of(vector) > LANES else 64
+    return 1024 if width_of(vector) > LANES else 256
 
 
 @helper
@@ -92,7 +93,11 @@ def _pack_inputs(job, layer, active, element, vector):  # type: ignore[no-untype
                 token = entry_of(word(job, words.TOKENS), pair + row)
                 source = word(job, words.SOURCE) + size_of(element) * (token * n + k)
                 _copy(stage + LINE * row, source, n - k, element, vector)
-            transpose_floats(stage, target, LINE)
+            if packs_by_sixteen(vector):
+                transpose_floats(stage, target, LINE)
+            else:
+                for four in range(0, count, 4):
+                    transpose_pieces(stage + LINE * four, target + LINE * four)
             target += X_LINE
 
 
@@ -113,6 +118,7 @@ def unpack_floats(panel, here, rows, n, begin, end, element, vector):  # type: i
         source, target = here[0] + size * n * min(row, rows - 1), panel + PITCH * row
         whole, stop = end - (end - begin) % width, begin + _padded(end - begin)
         for k in range(begin, whole, width):
+            prefetch(source + size * (k + 2 * n))
             keep(target, take(source + size * k, element, vector))
             target += LINE
         for k in range(whole, stop, width):
@@ -133,15 +139,22 @@ def float_bytes(n, element):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _activate(layer, expert, start, rows, first, second, target, element, vector):  # type: ignore[no-untyped-def]
-    """Sixteen rows of the activated intermediate of sixteen pairs, packed; zeros beyond `rows`."""
+def _activate(layer, expert, start, rows, first, second, count, target, element, vector):  # type: ignore[no-untyped-def]
+    """Sixteen rows of the activated intermediate of up to sixteen pairs, packed; zeros beyond `rows`."""
     up_bias = part(layer, words.UP_BIAS, expert)
     first_bias = part(layer, words.GATE_BIAS, expert) if word(layer, words.GATE) else up_bias
-    for row in range(0, PANEL_ROWS, 2):
-        even = _activated(layer, first_bias, up_bias, start + row, row < rows, first, second, LINE * row, element)
-        odd = row + 1
-        odd = _activated(layer, first_bias, up_bias, start + odd, odd < rows, first, second, LINE * odd, element)
-        keep_rows(target + size_of(vector) * LANES * (start + row), even, odd, vector)
+    result, turned = reserve(_STAGE), reserve(_STAGE)
+    for row in range(PANEL_ROWS):
+        value = _activated(layer, first_bias, up_bias, start + row, row < rows, first, second, LINE * row, element)
+        store(result + LINE * row, value)
+    if packs_by_sixteen(vector):
+        for row in range(0, PANEL_ROWS, 2):
+            even, odd = load(result + LINE * row, _F32), load(result + LINE * (row + 1), _F32)
+            keep_rows(target + size_of(vector) * LANES * (start + row), even, odd, vector)
+    else:
+        transpose_floats(result, turned, LINE)
+        for four in range(0, count, 4):
+            keep_pieces(turned + LINE * four, target + LINE * four, start, vector)
 
 
 @helper
@@ -172,23 +185,16 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
         codes, scales = row_bytes(n, element)
         ask = (PANEL_ROWS * codes + LINE * (_padded(n) // line) - 1) // (LINE * (_padded(n) // line))
         for offset in range(0, PANEL_ROWS * scales, LINE):
-            prefetch(then[1] + offset)
+            prefetch_later(then[1] + offset)
         for begin in range(0, n, width):
             unpack(panel, here, rows, n, begin, min(begin + width, n), element, vector)
             lines, skip = _padded(min(width, n - begin)) // line, begin // line
             ahead, y, fresh = then[0] + LINE * ask * skip, x + X_LINE * skip, begin == 0
             if line > LANES and multiply_tiles(panel, y, x_pitch, lines, blocks, target, fresh, ahead, ask):
                 continue
-            for block in range(0, blocks - 1, 2):
-                tile_of_two(
-                    panel, y + block * x_pitch, x_pitch, lines, target + SUMS * block, fresh, ahead, ask, vector
-                )  # fmt: skip
-                ahead = 0  # asked for
-            if blocks % 2:
-                block = blocks - 1
-                tile_of_one(
-                    panel, y + block * x_pitch, x_pitch, lines, target + SUMS * block, fresh, ahead, ask, vector
-                )  # fmt: skip
+            for block in range(blocks):
+                z, sums, count = y + block * x_pitch, target + SUMS * block, min(LANES, pairs - LANES * block)
+                multiply_block(panel, z, count, lines, sums, fresh, (ahead, ask, block, blocks), vector)
 
     @helper
     def expand(job, layer, active, start, then, element, bias, vector):  # type: ignore[no-untyped-def]
@@ -215,9 +221,10 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
                         multiply(up, after, rows, n, x, x_pitch, count, second, element, vector)
                     else:
                         multiply(up, after, rows, n, x, x_pitch, count, first, element, vector)
-                for block in range((count + LANES - 1) // LANES):
+                for block in range((count + LANES - 1) // LANES):  # zeros where there are no rows, or NaN may lie there
                     target, sums = inner_of(job, slot) + inner_pitch * block, SUMS * block
-                    _activate(layer, expert, row, rows, first + sums, second + sums, target, bias, vector)
+                    here = min(LANES, count - LANES * block)
+                    _activate(layer, expert, row, rows, first + sums, second + sums, here, target, bias, vector)
 
     @helper
     def contract(job, layer, active, start, stop, then, element, bias, vector):  # type: ignore[no-untyped-def]

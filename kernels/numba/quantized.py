@@ -17,7 +17,7 @@ from moebius.kernels.numba.units import ROWS, activate, add_output, entry_of, in
 
 assert ROWS == GROUP  # so that the unit that computes a group of the intermediate also quantises it
 # Pairs of an expert for which reading its codes from the first-level cache again beats unpacking them.
-FEW = {"int8": 8, "int4": 12}
+FEW = {"int8": 5, "int4": 7}
 _PITCH = 4 * ROWS  # bytes between the pairs in a block's results
 _BLOCK = _PITCH * max(FEW.values())
 _FACTORS = 4 * LANES

@@ -164,15 +164,30 @@ def total(typingctx, value):  # type: ignore[no-untyped-def]
     return types.float32(f32x16), codegen
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, locality: int) -> None:
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])  # read, data
+
+
 @intrinsic
 def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     """Ask for the cache line at `address`, which need not be readable."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+        _prefetch(builder, args[0], 3)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def prefetch_later(typingctx, address):  # type: ignore[no-untyped-def]
+    """As `prefetch`, into the second-level cache, for what would displace in the first what is needed before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _prefetch(builder, args[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -265,3 +265,16 @@ def test_no_threads_is_refused(threads: int) -> None:
     """Bug: zero threads mean that nobody computes, and the caller waits."""
     with pytest.raises(ValueError, match="at least 1"):
         CpuExecutor(threads)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_earlier_calls_left_in_scratch_memory_is_not_read(format: str, dtype: torch.dtype) -> None:
+    """Bug: zero weights beyond the last row of a short block are multiplied with what lies there, which may be NaN."""
+    store, x = random_store(ExpertSpec(40, 40), format, 1), torch.ones(20, 40, dtype=dtype)
+    routes, out = build_routes(np.zeros((20, 1), int), np.ones((20, 1), np.float32), 1), torch.zeros(20, 40)
+    executor = CpuExecutor(1)
+    executor._reserve(1 << 20).fill(0xFF)
+    executor.run(store, x, routes, out)
+    executor.close()
+    assert torch.isfinite(out).all()
