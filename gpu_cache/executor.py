@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +15,8 @@ from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import unpack
 from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import Routes
+
+HOW_TO_INSTALL = "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
 
 # (pool uint8 [S, nbytes], x [T, H], routes, slots int32 [A]) -> fp32 [T, H]; slots[i] holds expert routes.experts[i]
 Executor = Callable[[torch.Tensor, torch.Tensor, Routes, np.ndarray], torch.Tensor]
@@ -31,7 +34,7 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
         return partial(run_reference, spec, layout)
     if find_spec("triton") is None:
         raise RuntimeError(
-            f"experts on {device} run through Triton: install it (`pip install triton`), or use device='cpu'"
+            f"experts on {device} run through Triton, which is not installed: {HOW_TO_INSTALL}, or use device='cpu'"
         )
     from moebius.kernels.triton import experts  # here, because an emulated run does not need triton
 

@@ -26,6 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
+from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
 from moebius.hf_plugin.overlap import Overlap, traced
 from moebius.hf_plugin.timeline import Slice, write_trace
@@ -212,20 +213,24 @@ def reset_peak_memory() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+    for device in _gpus():
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def peak_memory() -> tuple[int, int]:
     """Peak bytes of this process and of all GPUs together, on Linux since `reset_peak_memory`."""
-    gpu = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    gpu = sum(torch.get_device_module(device).max_memory_allocated(device) for device in _gpus())
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024, gpu
     info = psutil.Process().memory_info()
     return getattr(info, "peak_wset", info.rss), gpu
+
+
+def _gpus() -> list[torch.device]:
+    kind = default_device()
+    return [] if kind == "cpu" else [torch.device(kind, index) for index in range(torch.accelerator.device_count())]
 
 
 def load(path: str, dtype: str) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from packaging.version import Version
 from moebius import __version__
 from moebius.gpu_cache.device import default_device
 from moebius.gpu_cache.driver import Driver
+from moebius.gpu_cache.executor import HOW_TO_INSTALL
 from moebius.hf_plugin import machine
 from moebius.hf_plugin.memory_read import read_bandwidth
 from moebius.kernels.numba import isa
@@ -118,7 +119,11 @@ def examine(progress: Callable[[str, float], None] = lambda _step, _done: None) 
 def versions() -> dict[str, str | None]:
     """Versions of Python, Moebius and the packages below it; None for those that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "moebius": __version__}
-    return found | {name: _version(name) for name in PACKAGES}
+    found |= {name: _version(name) for name in PACKAGES}
+    if found["triton"] is None:  # builds for other systems and accelerators have names of their own
+        names = importlib.metadata.packages_distributions().get("triton", [])
+        found["triton"] = next((f"{_version(name)} ({name})" for name in names), None)
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -155,7 +160,7 @@ def _gpu(device: torch.device) -> Gpu:
 def check_triton(gpus: list[Gpu]) -> Finding:
     """Whether Triton kernels can run: on a GPU, or in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
-        return Finding(False, "Triton is not installed; there are builds for Linux (pip install triton)")
+        return Finding(False, f"Triton is not installed ({HOW_TO_INSTALL})")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Finding(True, "TRITON_INTERPRET=1: kernels run in Triton's interpreter on the CPU, slowly")
     if not gpus:
@@ -243,7 +248,7 @@ def _plan_gpu_cache(gpus: list[Gpu], triton: Finding) -> Component:
     if not gpus:
         return Component(name, "none: all experts run on the CPU", True, f"no GPU: {_why_no_gpu()}")
     if not triton.usable:
-        return Component(name, "none: all experts run on the CPU", True, triton.reason)
+        return Component(name, "nothing: patch raises, but with device='cpu'", True, triton.reason)
     return Component(name, f"cache on {gpus[0].device} ({gpus[0].name}), Triton", False, triton.reason)
 
 
@@ -266,6 +271,7 @@ def _plan_tiles(device: str) -> Component:
 
 
 def _why_no_gpu() -> str:
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return f"torch {torch.__version__} finds no device that can hold a cache"
+    built_for = torch.accelerator.current_accelerator()
+    if built_for is None:
+        return f"torch {torch.__version__} is built for no accelerator"
+    return f"torch {torch.__version__} finds no {built_for.type} device that can hold a cache"

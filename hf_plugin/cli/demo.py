@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
+from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.cli.console import Update, hide_progress_of_libraries, out, progress_bar
 from moebius.hf_plugin.generation import (
     TIE_MARGIN,
@@ -70,7 +71,8 @@ def demo(
 
 
 def _compare(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, update: Update) -> _Comparison:
-    options = {"device": "cuda" if torch.cuda.is_available() else "emulated", "gpu_memory": 0.25}
+    found = default_device()
+    options = {"device": "emulated" if found == "cpu" else found, "gpu_memory": 0.25}
     before = copy.deepcopy(model.state_dict())
     update("stock is generating", 0.0)
     stock = _timed(model, prompt, new_tokens)
