@@ -104,6 +104,7 @@ class MoebiusQuantizer(HfQuantizer):
             self._sites: list[ExpertsSite] = find_sites(model, loaded=False)
             if (quantized := self.quantization_config.quantized) is not None:
                 self._checkpoint = QuantizedCheckpoint(quantized, files, self)
+                self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
                 formats = self._checkpoint.plan(model, self._sites, options.expert_format == "native")
                 self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
@@ -217,12 +218,23 @@ class MoebiusQuantizer(HfQuantizer):
         held = self._held_by_owner.get(model.get_submodule(path))
         return held if held is not None and name in held.placeholders else None
 
+    def _cast_renamed(self, model: PreTrainedModel) -> None:
+        """transformers 5.17 leaves plain weights of quantised checkpoints in the file's dtype where it renames them."""
+        if hasattr(HfQuantizer, "get_new_dtype"):
+            return
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            # What is fp32 may be kept so on purpose.
+            if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.device.type != "meta":
+                parameter.data = parameter.data.to(wanted)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for conversion, operations in self._replaced:
             conversion.operations = operations  # saving reverses them
         if self._checkpoint is not None:
             used = model.__dict__["_weight_conversions"]
             model.__dict__["_weight_conversions"] = self._checkpoint.for_saving(used)
+            self._cast_renamed(model)
         if self._used:
             mine: Any = model
             kept = [*mine._weight_conversions]

@@ -182,6 +182,7 @@ class QuantizedCheckpoint:
         """The matrix that some tensors stand for, by the ends of their names; `keys` are their whole names."""
         key = keys.get(method.names[0], next(iter(keys.values()), "a weight"))
         where = f"{key} in {self._places[key][0]}" if key in self._places else key
+        tensors = {end: self._as_stored(keys.get(end, ""), tensor) for end, tensor in tensors.items()}
         try:
             matrix = method.read(tensors)
             if not matrix.codes.is_meta:
@@ -194,6 +195,11 @@ class QuantizedCheckpoint:
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{where} and what belongs to it cannot be read: {error}") from error
         return matrix
+
+    def _as_stored(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """transformers 5.17 loads e4m3 in the model's dtype where its name is the model's; back again loses nothing."""
+        stored = self._places[key][1].dtype if key in self._places else tensor.dtype
+        return tensor.to(stored) if stored in _FLOAT8 else tensor
 
     def keys_of(self, target: str, patterns: Sequence[str]) -> dict[str, list[str]]:
         """The tensors' names of a weight, by pattern."""
@@ -384,6 +390,7 @@ class _Decode(ConversionOps):
         return self._checkpoint.read(self.method, keys, tensors).numbers().to(dtype)
 
 
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 
 # One sequence of the model's longest context, at most this long: contexts of 100,000 tokens and more would leave no
 # room for experts on most cards. Whoever needs more gives gpu_memory.
@@ -17,6 +17,8 @@ HIDDEN_ROWS = 16
 WORKSPACE_BYTES = 1 << 29  # libraries, kernels, fragmentation
 UNKNOWN_BYTES = 1 << 30  # for a model without a configuration that tells
 
+# transformers 5.17, which has no such class, keeps keys and values of all heads where attention is latent and indexed.
+_EXPANDED = not hasattr(cache_utils, "BaseQuantizedLayer")
 _STATELESS = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # layers whose state does not grow with the context
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 
@@ -73,9 +75,12 @@ def _kept(config: Any, kind: str, tokens: int) -> int:
 
 def _width(config: Any, hidden: int, kind: str) -> int:
     """Values that a layer keeps for each token."""
-    if latent := _number(config, "kv_lora_rank"):
-        return latent + _number(config, "qk_rope_head_dim")
     heads = _number(config, "num_attention_heads", "n_heads") or 1
+    if latent := _number(config, "kv_lora_rank"):
+        if _EXPANDED and _number(config, "index_head_dim"):
+            names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+            return heads * sum(_number(config, name) for name in names)
+        return latent + _number(config, "qk_rope_head_dim")
     keys = _number(config, "num_key_value_heads") or heads
     width = _number(config, "head_dim") or hidden // heads
     if "sliding" not in kind:  # Gemma's layers of full attention may have other heads

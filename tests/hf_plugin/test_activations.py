@@ -133,5 +133,7 @@ def test_architectures_get_compiled_kernels(name: str, expected: Activation) -> 
     if name in zoo.missing():
         pytest.skip(f"the installed transformers has no {name}")
     for site in find_sites(zoo.build(name)):
+        if name == "gpt_oss":  # a constant of its code until transformers 5.18 or so
+            expected = expected._replace(gate_max=site.module.limit, up_max=site.module.limit)
         assert site.spec.activation == expected
         assert site.spec.custom is None

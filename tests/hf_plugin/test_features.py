@@ -55,10 +55,11 @@ def static_cache(model: PreTrainedModel, ids: Tensor) -> Any:
 
 def continuous_batching(model: PreTrainedModel, ids: Tensor) -> Any:
     """Two prompts of different length in one batch, from a thread of transformers' own."""
+    size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # as in transformers 5.17
     results = model.generate_batch(
         [ids[0].tolist(), ids[1, :7].tolist()],
         generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, **{size: 16}),
     )
     return [output.generated_tokens for output in results.values()]
 

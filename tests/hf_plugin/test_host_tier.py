@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ EXPERT = 3 * 64 * 32 * 4  # bytes of an expert of zoo's qwen3_moe: 2 layers of 8
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from moebius.hf_plugin import expert_files
 
     monkeypatch.setattr(expert_files, "cache_root", lambda: tmp_path / "cache")
-    with helpers.one_thread():
-        yield tmp_path / "cache" / "experts"
+    return tmp_path / "cache" / "experts"
 
 
 def saved(name: str, folder: Path) -> PreTrainedModel:
