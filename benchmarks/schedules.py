@@ -52,7 +52,13 @@ MACHINES = {
     "desktop (DDR5, PCIe 4)": Machine(60, 1.0, 800, 80, 25, 1.3),
     "laptop (DDR5, small GPU, PCIe 4 x8)": Machine(60, 0.8, 200, 15, 12, 1.2),
 }
-KINDS = {"decode, 1 token": 1, "decode, 8 tokens": 8, "decode, 64 tokens": 64, "prompt, 512 tokens": 512}
+KINDS = {
+    "decode, 1 token": 1,
+    "decode, 8 tokens": 8,
+    "decode, 16 tokens": 16,
+    "decode, 64 tokens": 64,
+    "prompt, 512 tokens": 512,
+}
 
 
 class Layer(NamedTuple):

@@ -21,9 +21,8 @@ UPLOAD, SLOWDOWN, CPU_START, GPU_START = range(4)
 RATES = 4
 
 _GAIN = 1e-6  # relative gain below which a change is none
-_PAIRS = 64  # experts up to which exchanges of two are tried; more are so fine-grained that single moves do
-_ROUNDS = 8
-_NODES = 1000
+_PAIRS = 16  # experts up to which moves and exchanges are tried: they won nothing where there were more
+_NODES, _NEAR = 200, 0.02  # limit of the search, which takes 17 ns for each, and what it leaves
 
 
 @helper
@@ -164,9 +163,9 @@ def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignor
     """The experts that the device should compute, bool [A].
 
     The best of all splits at a threshold (so many residents and so many misses on the device, the heaviest of them, or
-    those at which it is relatively fastest); then moves of one and exchanges of two that gain; then branch and bound
-    from there, which proves it the best or stops at a limit. With one token for each expert nothing but numbers count,
-    and the first step is exact.
+    those at which it is relatively fastest); then, where they are few, moves of one and exchanges of two that gain; then
+    branch and bound from there, which proves it nearly the best or stops at a limit. With one token for each expert
+    nothing but numbers count, and the first step is exact.
     """
     cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
     on_device = _threshold(order, resident, cpu, gpu, rates)
@@ -178,11 +177,8 @@ def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignor
     if found < best * (1 - _GAIN):
         best = found
         on_device[:] = other
-    for _ in range(_ROUNDS):
-        before = best
+    if len(order) <= _PAIRS:
         best = _improve(on_device, best, order, resident, cpu, gpu, rates)
-        if best >= before * (1 - _GAIN):
-            break
     _search(on_device, best, order, resident, cpu, gpu, rates)
     return on_device
 
@@ -205,26 +201,42 @@ def _by_ratio(order, resident, cpu, gpu):  # type: ignore[no-untyped-def]
 
 @helper
 def _threshold(order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
-    """The best split that puts the first of the residents, and the first of the misses, on the device."""
-    count, hits, on_cpu, computed = len(order), 0, 0.0, 0.0
+    """The best split that puts the first of the residents, and the first of the misses, on the device.
+
+    With more residents there the device ends later and the CPU earlier, so that for each number of misses the best
+    number of residents is found by bisection. At equal times as many residents as possible stay on the device.
+    """
+    count = len(order)
+    on_gpu, off_cpu = np.zeros(count + 1), np.zeros(count + 1)  # of the first residents, and of the first misses
+    hits, total = 0, 0.0
     for i in order:
         hits += resident[i]
-        on_cpu += cpu[i]
-    best, kept, fetched = np.inf, 0, 0
-    for h in range(hits + 1):
-        if h:
-            on_cpu -= cpu[order[h - 1]]
-            computed = (computed if h > 1 else rates[GPU_START]) + gpu[order[h - 1]]
-        cpu_left, gpu_end, arrived = on_cpu, computed, 0.0
-        for f in range(count - hits + 1):
-            if f:
-                i = order[hits + f - 1]
-                cpu_left -= cpu[i]
-                arrived += rates[UPLOAD]
-                gpu_end = max(gpu_end if h + f > 1 else rates[GPU_START], arrived) + gpu[i]
-            found = _later(cpu_left if h + f < count else 0.0, gpu_end, arrived, rates)
+        total += cpu[i]
+    for place in range(count):
+        i = order[place]
+        on_gpu[place + 1], off_cpu[place + 1] = on_gpu[place] + gpu[i], off_cpu[place] + cpu[i]
+    best, kept, fetched, chain = np.inf, 0, 0, 0.0
+    for f in range(count - hits + 1):
+        arrived = f * rates[UPLOAD]
+        if f:
+            chain = max(chain, arrived) + gpu[order[hits + f - 1]]
+        fetching, left = on_gpu[hits + f] - on_gpu[hits], total - (off_cpu[hits + f] - off_cpu[hits])
+        low, high = 0, hits  # the first number of residents with which the CPU does not end last
+        while low < high:
+            h = (low + high) // 2
+            gpu_end = max(rates[GPU_START] + on_gpu[h] + fetching, chain) if h + f else 0.0
+            on_cpu = left - off_cpu[h] if h + f < count else 0.0
+            if _later(on_cpu, 0.0, arrived, rates) <= gpu_end:
+                high = h
+            else:
+                low = h + 1
+        for h in range(max(low - 1, 0), hits + 1):
+            gpu_end = max(rates[GPU_START] + on_gpu[h] + fetching, chain) if h + f else 0.0
+            found = _later(left - off_cpu[h] if h + f < count else 0.0, gpu_end, arrived, rates)
             if found < best * (1 - _GAIN) or (found <= best and h > kept):
                 best, kept, fetched = found, h, f
+            elif h > low:
+                break
     on_device = np.zeros(count, np.bool_)
     for place in range(count):
         on_device[order[place]] = place < kept or hits <= place < hits + fetched
@@ -233,24 +245,22 @@ def _threshold(order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def
 
 @helper
 def _improve(on_device, best, order, resident, cpu, gpu, rates):  # type: ignore[no-untyped-def]
-    """Moves and exchanges that gain, made in `on_device`; the time that it now takes."""
-    count = len(order)
-    for i in range(count):
+    """Moves of one and exchanges of two that gain, made in `on_device`; the time that it now takes."""
+    for i in range(len(order)):
         on_device[i] = not on_device[i]
         found = _finish(on_device, order, resident, cpu, gpu, rates)
         if found < best * (1 - _GAIN):
             best = found
             continue
         gained = False
-        if count <= _PAIRS:
-            for j in range(i):
-                if on_device[j] == on_device[i]:
-                    on_device[j] = not on_device[j]
-                    found = _finish(on_device, order, resident, cpu, gpu, rates)
-                    if found < best * (1 - _GAIN):
-                        best, gained = found, True
-                        break
-                    on_device[j] = not on_device[j]
+        for j in range(i):
+            if on_device[j] == on_device[i]:
+                on_device[j] = not on_device[j]
+                found = _finish(on_device, order, resident, cpu, gpu, rates)
+                if found < best * (1 - _GAIN):
+                    best, gained = found, True
+                    break
+                on_device[j] = not on_device[j]
         if not gained:
             on_device[i] = not on_device[i]
     return best
@@ -289,7 +299,7 @@ def _search(on_device, best, order, resident, cpu, gpu, rates):  # type: ignore[
             on_cpu[depth + 1] += cpu[i]
         longest = _later(on_cpu[depth + 1], computed[depth + 1], arrived[depth + 1], rates)
         half = (on_cpu[depth + 1] + computed[depth + 1] + rest[depth + 1]) / 2
-        if max(longest, half) >= best * (1 - _GAIN):
+        if max(longest, half) >= best * (1 - _NEAR):
             continue
         depth += 1
         if depth < count:
