@@ -127,6 +127,8 @@ class IdleDriver(Driver):
 
     def synchronize(self) -> None: ...
 
+    def trim(self) -> None: ...
+
     def free_memory(self) -> int:
         return 1 << 34
 

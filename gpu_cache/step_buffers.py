@@ -21,6 +21,15 @@ class _Plan(NamedTuple):
     views: list[torch.Tensor]  # of it, as the tensors are
 
 
+class _Sum(NamedTuple):
+    """The CPU's sum, fp32 [T, H], and its bytes: pinned, and on the device."""
+
+    here: torch.Tensor
+    there: torch.Tensor
+    bytes_here: torch.Tensor
+    bytes_there: torch.Tensor
+
+
 class StepBuffers:
     """Buffers for one step at a time; what it returns holds until the next step's `to_host`.
 
@@ -38,8 +47,8 @@ class StepBuffers:
         self._driver = driver
         try:
             with torch.inference_mode(False):  # what is made inside cannot be written outside
-                self._there: torch.Tensor = driver.empty(1, nbytes)[0]
-                self._here, self._sums = driver.pinned(nbytes), driver.pinned(nbytes)
+                self._there: torch.Tensor = driver.empty(2, nbytes)  # inputs, sum
+                self._here = driver.pinned(nbytes), driver.pinned(nbytes)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -47,10 +56,11 @@ class StepBuffers:
                 f"the driver pins no {nbytes:,} bytes of host memory, through which each layer's inputs and outputs "
                 "cross; raise the limit of locked memory (ulimit -l), or use device='cpu'"
             ) from error
-        self._sum: torch.Tensor = torch.empty(0)  # the view of them that the last step used
+        self._sum: _Sum | None = None  # of the last step that had one
         self._plans: dict[Any, _Plan] = {}  # by shapes and dtypes
         self._stream: Any = None
-        self._sending: Any = None  # the stream that may still read the sums
+        self._sending: Any = None  # the stream that may still read the sum here,
+        self._adding: Any = None  # and the one that reads it there
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same in host memory, by one copy that the host waits for.
@@ -76,32 +86,41 @@ class StepBuffers:
             return plan
         nbytes, order = sum(tensor.nbytes for tensor in tensors), _order(tensors)
         with torch.inference_mode(False):
-            if nbytes > len(self._here):
-                here = self._driver.pinned(nbytes)
-                return _Plan(order, self._driver.empty(1, nbytes)[0], here, _views(here, tensors, order))
-            here = self._here[:nbytes]
-            plan = _Plan(order, self._there[:nbytes], here, _views(here, tensors, order))
-        if len(self._plans) == _PLANS:
-            self._plans.clear()
-        return self._plans.setdefault(key, plan)
+            there, here = self._memory(0, nbytes)
+            plan = _Plan(order, there, here, _views(here, tensors, order))
+        if nbytes <= len(self._here[0]):
+            if len(self._plans) == _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _memory(self, number: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many bytes on the device and in pinned memory: the buffers' where there is room."""
+        if nbytes <= len(self._here[number]):
+            return self._there[number, :nbytes], self._here[number][:nbytes]
+        return self._driver.empty(1, nbytes)[0], self._driver.pinned(nbytes)
 
     def zeros(self, rows: int, width: int) -> torch.Tensor:
         """Pinned zeros fp32 [rows, width], for `to_device`."""
         if self._sending is not None:  # no `to_host` has waited for it since
             self._sending.synchronize()
-        if self._sum.shape != (rows, width):
-            nbytes = 4 * rows * width
+        if self._sum is None or self._sum.here.shape != (rows, width):
             with torch.inference_mode(False):
-                memory = self._sums[:nbytes] if nbytes <= len(self._sums) else self._driver.pinned(nbytes)
-                self._sum = memory.view(torch.float32).view(rows, width)
-        return self._sum.zero_()
+                there, here = self._memory(1, 4 * rows * width)
+                flat = here.view(torch.float32), there.view(torch.float32)
+                self._sum = _Sum(flat[0].view(rows, width), flat[1].view(rows, width), here, there)
+        return self._sum.here.zero_()
 
     def to_device(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum, from `zeros` of this step, on the device; the host does not wait."""
-        target = torch.empty(total.shape, dtype=total.dtype, device=self._driver.device)
-        self._driver.copy(target.view(-1).view(torch.uint8), total.view(-1).view(torch.uint8))
-        self._sending = self._driver.current_stream()
-        return target
+        """The sum, from `zeros` of this step, on the device until the next one; the host does not wait."""
+        assert self._sum is not None
+        assert total is self._sum.here
+        stream = self._driver.current_stream()
+        if self._adding is not None and stream != self._adding:
+            stream.wait_stream(self._adding)
+        self._driver.copy(self._sum.bytes_there, self._sum.bytes_here)
+        self._sending = self._adding = stream
+        return self._sum.there
 
 
 def _order(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -214,7 +214,7 @@ def _merge(
         out = buffers.to_device(out)
     if not launched:
         assert out is not None
-        return out.to(x.device, x.dtype)
+        return out.to(x.device, x.dtype, copy=buffers is not None)
     begun = perf_counter()
     on_device = launched[-1].launch.result()
     waited = perf_counter() - begun
@@ -229,7 +229,8 @@ def _merge(
     if out is None:
         return on_device.to(x.device, x.dtype)
     total = torch.empty_like(x, device=on_device.device)
-    return torch.add(on_device, out, out=total).to(x.device)  # rounds once, at the end
+    total = torch.add(on_device, out, out=total)  # rounds once, at the end
+    return total.to(x.device)
 
 
 def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:

@@ -163,9 +163,9 @@ def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignor
     """The experts that the device should compute, bool [A].
 
     The best of all splits at a threshold (so many residents and so many misses on the device, the heaviest of them, or
-    those at which it is relatively fastest); then, where they are few, moves of one and exchanges of two that gain; then
-    branch and bound from there, which proves it nearly the best or stops at a limit. With one token for each expert
-    nothing but numbers count, and the first step is exact.
+    those at which it is relatively fastest); then, where they are few, moves of one and exchanges of two that gain;
+    then branch and bound from there, which proves it nearly the best or stops at a limit. With one token for each
+    expert nothing but numbers count, and the first step is exact.
     """
     cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
     on_device = _threshold(order, resident, cpu, gpu, rates)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import moebius
 from moebius.gpu_cache import executor
@@ -146,6 +147,20 @@ def test_nothing_is_allocated_while_generating(opened: Open) -> None:
         assert moebius.stats(model).sums.misses > 0
         assert 0 < more.pop("copy") - moebius.stats(model).sums.uploads <= steps
         assert not more
+
+
+def test_outputs_are_the_caller_s_own(opened: Open) -> None:
+    """Catches a layer whose output is a kept buffer, which the next layer overwrites."""
+    model = helpers.trained()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    opened()
+    with patched(model, device="emulated", gpu_memory=0.02, prefetch=False), torch.no_grad():
+        for module in helpers.experts_modules(model):
+            module.register_forward_hook(lambda _module, _inputs, output: kept.append((output, output.clone())))
+        for token in prompt(model)[0, :20]:
+            model(token[None, None])
+    assert len(kept) >= 20
+    assert all(torch.equal(*pair) for pair in kept)
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
