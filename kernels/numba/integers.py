@@ -247,19 +247,24 @@ def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.add(*products)
 
 
-@intrinsic
-def spread(typingctx, address, element):  # type: ignore[no-untyped-def]
-    """The scales (fp32 at `address`) of the groups in 64 bytes of codes, each on the lanes of its group.
+@intrinsic(prefer_literal=True)
+def spread(typingctx, scales, line, element):  # type: ignore[no-untyped-def]
+    """Of the scales of sixteen groups, those of the groups in a line (64 bytes) of codes, each on its group's lanes.
 
-    int8 codes: two groups on eight lanes each; int4 codes (witness uint8): four on four.
+    `line` is a constant from 0 to 3. int8 codes: two groups on eight lanes each; int4 (witness uint8): four on four.
     """
+    if not isinstance(line, types.IntegerLiteral):
+        return None
+    groups = {types.int8: 2, types.uint8: 4}[element]
+    lanes = [groups * line.literal_value + lane * groups // LANES for lane in range(LANES)]
+    return f32x16(f32x16, line, element), lambda context, b, signature, args: _shuffle(b, args[0], args[0], lanes)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        groups = {types.int8: 2, types.uint8: 4}[element]
-        few = _load(builder, args[0], ir.VectorType(_F32, groups), 4)
-        return _shuffle(builder, few, few, [lane * groups // LANES for lane in range(LANES)])
 
-    return f32x16(types.int64, element), codegen
+@intrinsic
+def second_eight(typingctx, a):  # type: ignore[no-untyped-def]
+    """The last eight numbers, then the first."""
+    lanes = [*range(8, LANES), *range(8)]
+    return _define(f32x16, (f32x16,), lambda builder, a: _shuffle(builder, a, a, lanes))
 
 
 def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
