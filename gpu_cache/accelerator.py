@@ -110,6 +110,7 @@ class AcceleratorDevice(Device):
         self._background, self._urgent = driver.stream(), driver.stream(priority=-1)
         self._staging = Staging(driver)
         self._pinned: set[int] = set()  # addresses of the storages whose pages are pinned
+        self._registered: dict[int, torch.Tensor] = {}  # those of them that we have pinned
 
     def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made inside could not be written outside
@@ -160,14 +161,29 @@ class AcceleratorDevice(Device):
         refusal = self._driver.register(host)
         if refusal is None:
             self._pinned.add(address)
+            self._registered[address] = host
             return True
-        self._staging.reserve(host.shape[-1])
+        self._reserve(host.shape[-1])
         if self.refusal is None:
             self.refusal = refusal
             logger.warning("host memory of experts could not be pinned (%s): uploads to the GPU are slower", refusal)
         return False
 
+    def _reserve(self, nbytes: int) -> None:
+        """Have buffers for staging, even where registered pages took all that the system lets anybody pin (Windows)."""
+        while True:
+            try:
+                return self._staging.reserve(nbytes)
+            except RuntimeError:
+                if not self._registered:
+                    raise
+            last = next(reversed(self._registered.values()))
+            self.unpin(last)
+            nbytes = max(nbytes, last.shape[-1])
+
     def unpin(self, host: torch.Tensor) -> None:
+        if self._registered.pop(host.untyped_storage().data_ptr(), None) is None:
+            return  # given back already
         self._driver.synchronize()  # no copy may be reading it
         if (refusal := self._driver.unregister(host)) is not None:
             logger.warning("host memory of experts stays pinned (%s)", refusal)

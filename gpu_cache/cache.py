@@ -73,11 +73,11 @@ class ExpertCache:
         undo.append(device.close)
         try:
             self._pools = self._make_pools(slots)
-            for records in self._records.values():
-                if device.pin(records):
-                    undo.insert(1, partial(device.unpin, records))
             widest = max(layer.spec.hidden for layer in served.values())
             self.buffers: StepBuffers | None = device.step_buffers(_ROWS * (4 * widest + _ROUTING_BYTES))
+            for records in self._records.values():  # last: they may take all the memory that can be pinned
+                if device.pin(records):
+                    undo.insert(1, partial(device.unpin, records))
         except BaseException:
             self._give_back()
             raise

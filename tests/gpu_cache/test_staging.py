@@ -145,9 +145,32 @@ def test_copies_that_wait_when_the_device_closes() -> None:
 
 def test_no_pinned_memory_at_all_is_an_error() -> None:
     """Catches copies that block every layer, which nobody would notice but by the clock."""
-    driver = FakeDriver(refuses=True, fails=lambda name, number: name == "pinned")
+    driver = FakeDriver(refuses=True, fails=lambda name, number: name == "pinned" and number > 2)
     with pytest.raises(RuntimeError, match=r"pins neither the experts' host memory nor 4 buffers .*ulimit -l"):
         ExpertCache(AcceleratorDevice(driver), make_layers(), 1 << 24)
+
+
+class _Limited(FakeDriver):
+    """Pins the pages of two stores, and then nothing: the ring would not fit beside them."""
+
+    def register(self, host: torch.Tensor) -> str | None:
+        return "injected: the limit" if len(self.registered) == 2 else super().register(host)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        if len(self.registered) == 2:
+            raise RuntimeError("injected: the limit")
+        return super().pinned(nbytes)
+
+
+def test_pages_that_take_all_that_may_be_pinned() -> None:
+    """Catches a model that cannot be patched since its first layers left no room for the ring of the others."""
+    layers, driver = make_layers(), _Limited()
+    cache = ExpertCache(AcceleratorDevice(driver), layers, layers[0].records.nbytes)
+    assert driver.calls["unregister"] == 1, "one store's pages made room for the ring"
+    run_steps(cache, layers, 40)
+    cache.close()
+    assert driver.registered == set()
+    assert driver.calls["unregister"] == driver.calls["register"] == 3
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])
