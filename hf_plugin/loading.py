@@ -8,6 +8,7 @@ stores plus one packed tensor. Everything else loads as usual. No trace of a qua
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,7 @@ class MoebiusQuantizer(HfQuantizer):
             check_budget(options, self._sites)
             self._intake = self._open_intake(self._hold(model, file), files, file)
         self._replaced: list[tuple[WeightConverter, list[ConversionOps]]] = []
+        self._folder, self._missing = Path(files[0]).parent if files else Path(), set[str]()
         self._used = expert_files.conversions(files) if file is not None else []
 
     def _hold(self, model: PreTrainedModel, file: RecordFile | None) -> dict[str, HeldWeights]:
@@ -212,6 +214,7 @@ class MoebiusQuantizer(HfQuantizer):
             parameters[weight]._is_hf_initialized = True  # type: ignore[union-attr]
         if missing is not None:
             missing.difference_update(names)
+            self._missing = missing  # which transformers goes on to change
 
     def _held(self, model: PreTrainedModel, full_name: str) -> HeldWeights | None:
         path, _, name = full_name.rpartition(".")
@@ -244,6 +247,7 @@ class MoebiusQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         file = self._intake.finish()
+        self._check_complete(model)
         if self.quantization_config.into is not None:
             return
         layers, verified = [], set[object]()
@@ -255,6 +259,22 @@ class MoebiusQuantizer(HfQuantizer):
         for layer in layers:
             layer.install()
         start(model, layers, self.quantization_config.options, file)
+
+    def _check_complete(self, model: PreTrainedModel) -> None:
+        """Refuse weights that transformers has filled at random, with a warning, since no file has them."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in self._missing}
+        ignored = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+        missing = [
+            name
+            for name in sorted(self._missing)
+            if id(parameters.get(name)) not in loaded and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if missing:
+            raise ValueError(
+                f"the checkpoint in {self._folder} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it "
+                "is incomplete or belongs to another architecture; download or copy it again"
+            )
 
 
 class _Unstacked(ConversionOps):
@@ -372,16 +392,7 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
         methods(chosen.quantized)  # raises where there is none
         kwargs.setdefault("dtype", getattr(config, "dtype", None) or torch.bfloat16)
     kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
-    told = kwargs.pop("output_loading_info", False)
-    model, info = kind.from_pretrained(
-        name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen, output_loading_info=True
-    )
-    if missing := sorted(info["missing_keys"]):  # transformers has filled them at random, with a warning
-        raise ValueError(
-            f"the checkpoint {name_or_path} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it is "
-            "incomplete or belongs to another architecture; download or copy it again"
-        )
-    result: Any = (model, info) if told else model
+    result: Any = kind.from_pretrained(name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen)
     return result
 
 

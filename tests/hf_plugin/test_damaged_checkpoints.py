@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import moebius
+from moebius.hf_plugin import converting
 from tests import zoo
 
 INDEX = "model.safetensors.index.json"
@@ -90,6 +91,25 @@ def test_index_and_shards_that_disagree(damage: Callable[[Path], None], message:
     damage(tmp_path)
     with pytest.raises(ValueError, match=f"(?s){message}.*again"):
         moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_neither_index_nor_files_have_is_an_error_in_the_other_form_too(converted: bool, tmp_path: Path) -> None:
+    """Catches a norm at its initial value, of which stock only warns."""
+    model = zoo.build("qwen3_moe")
+    model.save_pretrained(tmp_path / "stock", max_shard_size="100KB")
+    folder = tmp_path / "stock"
+    if converted:
+        folder = converting.convert(folder, tmp_path / "converted")
+    name = "model.layers.1.input_layernorm.weight"
+    shards = _of(folder)
+    tensors = load_file(folder / shards[name])
+    del tensors[name]
+    save_file(tensors, folder / shards.pop(name), {"format": "pt"})
+    facts = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(facts | {"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.input_layernorm\.weight: it is incomplete.*again"):
+        type(model).from_pretrained(folder, quantization_config=moebius.MoebiusConfig(device="cpu"))
 
 
 def test_a_missing_shard_is_named_in_the_other_form_too(tmp_path: Path) -> None:
