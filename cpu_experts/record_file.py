@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from moebius.kernels.experts import RECORD_ALIGNMENT, RecordLayout
-from moebius.kernels.formats import FORMATS
+from moebius.kernels.formats import coding
 
 VERSION = "1"  # of the file's form; files of another are refused
 CHECKSUMS = "checksums"
@@ -247,8 +247,9 @@ def _read_facts(entry: dict[str, Any]) -> LayerFacts:
     num_experts, extras = values.pop("num_experts"), values.pop("extras")
     layout = RecordLayout(**values)
     numbers = [num_experts, layout.hidden, layout.intermediate, *(n for _, *shape in extras.values() for n in shape)]
-    if layout.format not in FORMATS or not all(type(n) is int and 0 < n < 1 << 40 for n in numbers):
-        raise ValueError("a size or format that cannot be")
+    coding(layout.format)  # raises where there is none
+    if not all(type(n) is int and 0 < n < 1 << 40 for n in numbers):
+        raise ValueError("a size that cannot be")
     if layout.nbytes % RECORD_ALIGNMENT:
         raise ValueError("records that are not aligned")
     return LayerFacts(

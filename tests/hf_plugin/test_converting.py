@@ -16,7 +16,7 @@ from moebius.hf_plugin import converting
 from moebius.hf_plugin.cli.app import app
 from moebius.hf_plugin.expert_files import EXPERTS
 from tests import zoo
-from tests.hf_plugin import helpers
+from tests.hf_plugin import helpers, quantized_checkpoints
 from tests.hf_plugin.helpers import TRAINED, assert_close, prompt
 
 # per-expert tensors, packed, transposed with biases, flat, with surplus rows, other names, tied
@@ -145,3 +145,25 @@ def test_records_of_another_model_are_refused(tmp_path: Path) -> None:
     target.unlink()
     with pytest.raises(ValueError, match="checkpoint"):
         moebius.from_pretrained(str(target.parent), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_a_quantised_checkpoint(method: str, tmp_path: Path) -> None:
+    """Its codes are kept in the file, and the way back gives the weights of the dequantised load, bit for bit."""
+    if method == "fp8":
+        quantized_checkpoints.write("qwen3_moe", tmp_path / "coded", "fp8")
+    else:
+        quantized_checkpoints.write_mxfp4(tmp_path / "coded")
+    direct = moebius.from_pretrained(str(tmp_path / "coded"), device="cpu")
+    converting.convert(tmp_path / "coded", tmp_path / "converted")
+    mapped = moebius.from_pretrained(str(tmp_path / "converted"), device="cpu")
+    formats = [
+        {module._moebius.held.layout.format for module in helpers.experts_modules(model)} for model in (direct, mapped)
+    ]
+    assert formats[0] == formats[1] == {"e4m3-32x32-fp32" if method == "fp8" else "mxfp4"}
+    ids = prompt(direct)
+    assert torch.equal(helpers.logits(mapped, ids), helpers.logits(direct, ids))
+    converting.to_stock(tmp_path / "converted", tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    moebius.unpatch(direct)
+    helpers.assert_same_weights(back, helpers.weights(direct))
