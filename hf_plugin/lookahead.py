@@ -15,7 +15,7 @@ from moebius.hf_plugin.dispatcher import Tier
 from moebius.hf_plugin.host_tier import HostTier
 from moebius.predictors.forecaster import NO_SCORES, Forecaster, Habits, Hint
 from moebius.predictors.routing import MAX_TOKENS, Gate, Offsets, Predictor, Routing
-from moebius.predictors.switch import BURST, PERIOD, Switch, least_chance
+from moebius.predictors.switch import Switch, least_chance
 
 OBSERVED = 8  # one token in so many teaches how hidden states change
 _READ_PRICE = 1.0  # of a wrong read of a file, in reads that a layer need not wait for
@@ -54,7 +54,7 @@ class Lookahead:
         self._predictor, self._experts, self._gates = predictor, list(experts), gates
         self._offsets = Offsets(len(experts)) if predictor.residual else None
         self.forecaster: Forecaster | None = None  # made when the number of experts per token is known
-        self.switch = Switch()
+        self.switch = Switch(awake=not rests)
         self.on: list[bool] = [True] * len(experts)  # whether experts of each layer are prefetched
         self.spent_ms: list[float] = [0.0] * len(experts)
         self._last, self._looking, self._thread = len(experts), False, 0
@@ -109,7 +109,7 @@ class Lookahead:
             limit = max(1, int(self._gap_us / max(tier.costs.upload_us, _LITTLE_US)))
             least, slots = least_chance(tier.cache.price), tier.cache.slots_of(target)
             experts, chances = forecaster.advance(layer, ids, hint, slots, least, limit)
-            if len(experts) and self.on[target]:
+            if len(experts) and self.on[target] and self.switch.awake:
                 tier.cache.prefetch(target, experts, chances)
         elif host is not None:
             least, slots = least_chance(_READ_PRICE), host.cache.slots_of(target)
@@ -160,7 +160,7 @@ class Lookahead:
     def notes(self) -> list[str]:
         """Why the predictor rests, if it does."""
         reason = self.switch.reason
-        return [] if reason is None else [f"prefetching rests, but for {BURST} tokens in {PERIOD}: {reason}"]
+        return [] if reason is None else [f"prefetching rests: {reason}"]
 
     def _begin_token(self, tier: Tier | None) -> None:
         looked, self._looking = self._looking, self.switch.begin_token()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WINDOW = 32  # tokens between judgements,
-FIRST = 8  # and before the first
-LEARNING = 64  # tokens that a predictor has for learning, as long as there would be something to win
-BURST, PERIOD = 4, 128  # at rest, tokens in each period that are foreseen all the same, to measure
+FIRST = 8  # and before the first, all of which are foreseen
+LEARNING = 64  # tokens foreseen after which a predictor that does not pay is tried less often
+BURST = 4  # tokens that are foreseen at rest, to measure and to learn,
+TRYING, PERIOD = 32, 128  # of so many while it is learning and there is something to win, and else
 _FADING = 0.8  # of sums, per judgement
 
 
@@ -25,22 +26,25 @@ def least_chance(price: float) -> float:
 class Switch:
     """Wakes and rests a model's predictor.
 
-    Foreseeing pays while the misses saved per token, ``right - price * wrong``, cost more than foreseeing does. If even
-    all misses of a token together cost less than that, there is nothing to learn either.
+    Foreseeing pays while the misses saved per token, ``right - price * wrong``, cost more than foreseeing does. Until
+    that is seen, some tokens are foreseen and nothing is copied: being right can be counted without. If even all misses
+    of a token together cost less, or copies come too late, there is nothing to learn either.
     """
 
-    awake: bool = True
+    awake: bool = False  # every token is foreseen, and copies are made
     tokens: int = 0
     learned: int = 0  # tokens foreseen
     _before: int = 0  # tokens at the last judgement
     _measured: float = 0.0  # fading number of tokens foreseen,
     _saved: float = 0.0  # and of the misses saved in them
+    _hopeful: bool = True  # there is something to win
     reason: str | None = None  # why it rests
 
     def begin_token(self) -> bool:
         """Whether this token is to be foreseen."""
         self.tokens += 1
-        looking = self.awake or self.tokens % PERIOD < BURST
+        period = TRYING if self._hopeful and self.learned < LEARNING else PERIOD
+        looking = self.awake or self.tokens <= FIRST or self.tokens % period < BURST
         self.learned += looking
         self._measured += looking
         return looking
@@ -68,6 +72,7 @@ class Switch:
         if self._measured:
             gain = self._saved / self._measured * miss_us
             potential = missed / max(self.tokens - self._before, 1) * miss_us
+            self._hopeful = in_time and potential > cost_us
             self.reason = self._refusal(cost_us, gain, potential, in_time)
             self.awake = self.reason is None
         self._before = self.tokens
@@ -78,6 +83,6 @@ class Switch:
             return "a copy takes longer than a layer, so that no prefetch arrives in time"
         if potential <= cost:
             return f"all misses of a token cost {potential:.0f} us, foreseeing them {cost:.0f} us"
-        if gain <= cost and self.learned >= LEARNING:
+        if gain <= cost:
             return f"prefetching saves {gain:.0f} us a token, foreseeing costs {cost:.0f} us"
         return None

@@ -102,12 +102,15 @@ def test_a_dear_upload_needs_a_high_chance() -> None:
     assert all(min(chances) >= 0.9 for _, _, chances in dear.offered)
 
 
-def test_no_more_than_arrives_in_time() -> None:
-    """Catches a queue of copies of which only the first arrives before its layer begins."""
+def test_no_more_than_arrives_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a queue of copies of which only the first arrives before its layer begins, and copies all in vain."""
     cache, lookahead = Cache(price=0.1), make("next_gate")
     run(lookahead, tier(cache, upload_us=1e12), 300)
-    assert max(len(experts) for _, experts, _ in cache.offered) == 1
+    assert not cache.offered
     assert any("in time" in note for note in lookahead.notes())
+    monkeypatch.setattr(Switch, "_refusal", lambda *args: None)
+    run(lookahead, tier(cache, upload_us=1e12), 300)
+    assert max(len(experts) for _, experts, _ in cache.offered) == 1
 
 
 def test_a_layer_that_is_wrong_is_switched_off_and_on_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moebius.predictors.switch import BURST, FIRST, LEARNING, PERIOD, WINDOW, Switch, least_chance
+from moebius.predictors.switch import BURST, FIRST, LEARNING, PERIOD, TRYING, Switch, least_chance
 
 
 def pass_tokens(switch: Switch, tokens: int, **world: float) -> int:
@@ -43,20 +43,31 @@ def test_what_pays_stays_awake() -> None:
     assert switch.reason is None
 
 
-def test_what_cannot_pay_is_not_even_learned() -> None:
+def test_what_cannot_pay_is_hardly_tried() -> None:
     """Catches a predictor that costs more than all misses together and runs on."""
     switch = Switch()
-    looked = pass_tokens(switch, 10 * PERIOD, missed=0.3, right=0.3, cost_us=50.0, miss_us=100.0)
-    assert looked <= FIRST + 10 * BURST
+    looked = pass_tokens(switch, 16 * TRYING, missed=0.3, right=0.3, cost_us=50.0, miss_us=100.0)
+    assert looked <= FIRST + 16 * BURST
     assert switch.reason is not None
     assert "all misses" in switch.reason
 
 
-def test_what_does_not_pay_after_learning_rests_and_wakes() -> None:
-    """Catches wrong offers that are not counted, and a rest that never ends."""
+def test_nothing_is_copied_before_it_is_seen_to_pay() -> None:
+    """Catches copies on trust, and a first judgement that comes late."""
     switch = Switch()
-    assert pass_tokens(switch, LEARNING - WINDOW, right=1, wrong=1) == LEARNING - WINDOW
-    pass_tokens(switch, 4 * WINDOW, right=1, wrong=1)
+    assert not switch.awake
+    pass_tokens(switch, FIRST, right=2)
+    assert switch.awake
+
+
+def test_what_does_not_pay_is_tried_less_and_less_and_wakes() -> None:
+    """Catches wrong offers that are not counted, trying that costs as much as working, and a rest that never ends."""
+    switch = Switch()
+    learning = pass_tokens(switch, 2 * PERIOD, right=1, wrong=1)
+    assert BURST * 2 * PERIOD // TRYING <= learning < FIRST + BURST * (2 * PERIOD // TRYING + 1)
+    pass_tokens(switch, 8 * PERIOD, right=1, wrong=1)
+    assert switch.learned >= LEARNING
+    assert pass_tokens(switch, 4 * PERIOD, right=1, wrong=1) == 4 * BURST
     assert not switch.awake
     assert "prefetching saves" in (switch.reason or "")
     pass_tokens(switch, 20 * PERIOD, right=2, wrong=0.1)
