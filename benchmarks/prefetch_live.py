@@ -3,7 +3,8 @@
     python benchmarks/prefetch_live.py [--links none,0.1] [--rounds 12] [--tokens 32] --out benchmarks/results/X.json
 
 *Predictors* look at the same held-out text, token by token, without ever resting. *Times* are of `generate` with and
-without prefetching, in turn, after two rounds of warming up; the ratio is the median over rounds of one to the other.
+without prefetching, in turn, after two rounds of warming up, of several pairs of models; the ratio is the median over
+rounds of one to the other.
 "rests" says why the predictor prefetches nothing, by the measured costs.
 """
 
@@ -27,6 +28,7 @@ from moebius.predictors.routing import PREDICTORS
 from moebius.predictors.switch import Switch
 
 CAPACITY = 0.25
+INSTANCES = 4  # pairs of models: two that are the same differ by up to 5 % for as long as they live
 SHOWN = ("recall", "precision_absent", "calibration_error", "prefetch_issued", "prefetch_used", "hit_rate")
 
 
@@ -61,25 +63,21 @@ def predictors(tokens: int) -> Iterator[dict[str, Any]]:
 
 
 def times(link: float | None, rounds: int, tokens: int) -> dict[str, Any]:
-    prompt = text()[:, :64]
-    models = {
-        on: moebius.patch(load(), device="emulated", gpu_memory=CAPACITY, prefetch=on, emulated_link=link)
-        for on in (True, False)
-    }
     took: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(-2, rounds):
-        for on in (True, False) if number % 2 else (False, True):
-            begun = perf_counter()
-            models[on].generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-            if number >= 0:
-                took[on].append(perf_counter() - begun)
-    stats = moebius.stats(models[True])
+    for _ in range(INSTANCES):
+        stats = compare(link, rounds, tokens, took)
     ratios = sorted(a / b for a, b in zip(took[True], took[False], strict=True))
     row = {
         "link_gbytes_per_s": link,
         "ratio_median": round(median(ratios), 4),
         "ratio_p20": round(ratios[len(ratios) // 5], 4),
         "ratio_p80": round(ratios[-1 - len(ratios) // 5], 4),
+        "ratio_of_instances": [
+            round(
+                median(a / b for a, b in zip(took[True][i : i + rounds], took[False][i : i + rounds], strict=True)), 4
+            )
+            for i in range(0, len(ratios), rounds)
+        ],
         "ms_with": round(median(took[True]) * 1e3, 1),
         "ms_without": round(median(took[False]) * 1e3, 1),
         "prefetch_issued": stats.sums.prefetch_issued,
@@ -88,9 +86,26 @@ def times(link: float | None, rounds: int, tokens: int) -> dict[str, Any]:
         "rests": [note for note in stats.notes if "prefetching rests" in note],
     }
     print(row, flush=True)
+    return row
+
+
+def compare(link: float | None, rounds: int, tokens: int, took: dict[bool, list[float]]) -> moebius.Stats:
+    """Add the seconds of `rounds` generates of two fresh models to `took`; the statistics of the one that foresees."""
+    prompt = text()[:, :64]
+    models = {
+        on: moebius.patch(load(), device="emulated", gpu_memory=CAPACITY, prefetch=on, emulated_link=link)
+        for on in (True, False)
+    }
+    for number in range(-2, rounds):
+        for on in (True, False) if number % 2 else (False, True):
+            begun = perf_counter()
+            models[on].generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+            if number >= 0:
+                took[on].append(perf_counter() - begun)
+    stats = moebius.stats(models[True])
     for model in models.values():
         moebius.unpatch(model)
-    return row
+    return stats
 
 
 def main() -> None:
@@ -109,7 +124,7 @@ def main() -> None:
         found["predictors"] = list(predictors(given.forecast_tokens))
     found.setdefault("times", [])
     found["times"] += [times(link, given.rounds, given.tokens) for link in links]
-    found["settings"] = {"capacity": CAPACITY, "rounds": given.rounds, "tokens": given.tokens}
+    found["settings"] = {"capacity": CAPACITY, "rounds": given.rounds, "tokens": given.tokens, "instances": INSTANCES}
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
 

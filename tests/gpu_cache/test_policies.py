@@ -24,7 +24,8 @@ def drive(policy, table: SlotTable, routing: np.ndarray) -> tuple[int, int]:
     """Admit the misses of routing [T, L, k] at once; hits and uploads."""
     hits = uploads = 0
     for token in routing:
-        for layer, experts in enumerate(token.astype(np.int32)):
+        for layer, used in enumerate(token):
+            experts = used.astype(np.int32)
             hit = table.lookup(layer, experts) >= 0
             policy.used(layer, experts, hit)
             missed = experts[~hit]
@@ -195,6 +196,22 @@ def test_default_is_never_far_worse_than_static(make, price):
     """Routing without anything to learn, at which uploads are wasted."""
     routing = make(np.random.default_rng(5))
     assert cost("default", routing, 16, 4, price) <= 1.1 * cost("static", routing, 16, 4, price)
+
+
+@pytest.mark.parametrize("price", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("slots", [4, 24])
+def test_default_holds_with_batches_of_64_tokens(slots, price):
+    """Steps that use more experts than there are slots, all at once, and displace one another for ever."""
+    rng = np.random.default_rng(8)
+    weights = rng.normal(size=(1, 48)) * 2
+    batches = draw(rng, 300 * 64, 1, 48, 4, weights).reshape(300, -1)
+    steps = [[np.unique(batch)] for batch in batches]
+    uses, found = sum(len(step[0]) for step in steps), {}
+    for name in ("static", "default"):
+        hits, uploads = drive(make_policy(name, [48], price), SlotTable([48], slots), steps)
+        found[name] = (uses - hits + price * uploads) / uses
+    assert min(len(step[0]) for step in steps) > slots / 2
+    assert found["default"] <= 1.1 * found["static"]
 
 
 @pytest.mark.parametrize("name", POLICIES)
