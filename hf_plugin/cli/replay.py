@@ -67,8 +67,10 @@ def _draw(result: replaying.Result, path: Path) -> None:
     for row in result.rows:
         axes.plot(row.uploads_per_token, row.hit_rate, "o")
         label = row.policy if row.predictor == "none" else f"{row.policy} + {row.predictor}"
-        axes.annotate(label, (row.uploads_per_token, row.hit_rate), xytext=(5, 3), textcoords="offset points")
+        axes.annotate(label, (row.uploads_per_token, row.hit_rate), xytext=(5, 2), textcoords="offset points", size=8)
     axes.axhline(result.bound.hit_rate, linestyle="--", color="grey", label="clairvoyant, without prefetch")
+    axes.set_xscale("log")  # policies differ by factors of ten
+    axes.margins(x=0.12)  # for the labels
     axes.set(xlabel="uploads per token", ylabel="hit rate", title=f"{result.trace}, {result.capacity:.0%} resident")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
