@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 # What is timed one by one, in the order in which a step calls it; inner parts are in their outer ones too.
 PARTS: list[tuple[Any, str]] = [
     (Lookahead, "ask"),
-    (dispatcher, "to_host"),
+    (dispatcher, "_cross"),
     (dispatcher, "build_routes"),
     (ExpertCache, "lookup"),
     (CostModel, "assign"),
