@@ -18,8 +18,8 @@ import numpy as np
 
 from moebius.gpu_cache.policy import POLICIES, Reason, ValuedPolicy, make_policy
 from moebius.gpu_cache.slots import SlotTable
-from moebius.hf_plugin.replay import run
-from moebius.hf_plugin.trace_file import Trace
+from moebius.hf_plugin.tools.replay import run
+from moebius.hf_plugin.tools.trace_file import Trace
 from moebius.kernels.numba.replay import HITS
 from moebius.predictors.forecaster import Forecaster, Hint
 from moebius.predictors.routing import PREDICTORS

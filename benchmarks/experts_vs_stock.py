@@ -24,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
-from moebius.hf_plugin import machine
+from moebius.hf_plugin.tools import machine
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moebius.hf_plugin.record import write_record
+from moebius.hf_plugin.tools.record import write_record
 
 _CALL = """
 import sys, time

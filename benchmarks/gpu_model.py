@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 import moebius
-from moebius.hf_plugin.generation import generate_greedily
-from moebius.hf_plugin.overlap import Overlap, traced
 from moebius.hf_plugin.patching import runtimes
-from moebius.hf_plugin.timeline import LAYERS, Slice, write_trace
+from moebius.hf_plugin.running.timeline import LAYERS, Slice, write_trace
+from moebius.hf_plugin.tools.generation import generate_greedily
+from moebius.hf_plugin.tools.overlap import Overlap, traced
 from moebius.kernels import packing
 from moebius.predictors.costs import CostModel
 

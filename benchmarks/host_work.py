@@ -36,10 +36,10 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.driver import Driver
-from moebius.hf_plugin import dispatcher, tiers
-from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
-from moebius.hf_plugin.lookahead import Lookahead
-from moebius.hf_plugin.record import write_record
+from moebius.hf_plugin.running import dispatcher, tiers
+from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
+from moebius.hf_plugin.running.lookahead import Lookahead
+from moebius.hf_plugin.tools.record import write_record
 from moebius.predictors.costs import CostModel, ExpertCost
 from moebius.predictors.switch import Switch
 

@@ -115,7 +115,7 @@ def load(variant: str, folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     import moebius
-    import moebius.hf_plugin.loading  # imports are no part of loading
+    import moebius.hf_plugin.checkpoints.loading  # imports are no part of loading
 
     options: dict[str, Any] = {"device": "cpu"}
     if variant in ("int8", "int4"):
@@ -172,7 +172,7 @@ def measure(folder: Path, work: Path, variants: list[str], repeats: int) -> list
     if "converted" in variants:
         places["converted"] = work / "converted"
         _run_python(
-            "from moebius.hf_plugin.converting import convert; convert(*sys.argv[1:])",
+            "from moebius.hf_plugin.checkpoints.converting import convert; convert(*sys.argv[1:])",
             folder,
             places["converted"],
             "int4",

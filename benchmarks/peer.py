@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moebius.hf_plugin.record import write_record
+from moebius.hf_plugin.tools.record import write_record
 
 FIELDS = {"tokens", "median_us", "p20_us", "p80_us", "gbytes_per_s", "rel_error"}
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moebius.hf_plugin.plots import new_figure
+from moebius.hf_plugin.tools.plots import new_figure
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 
 STYLES = {"bf16": "-", "int8": "--", "int4": ":"}

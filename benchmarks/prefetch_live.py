@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
-from moebius.hf_plugin.generation import require_model
+from moebius.hf_plugin.tools.generation import require_model
 from moebius.predictors.routing import PREDICTORS
 from moebius.predictors.switch import Switch
 

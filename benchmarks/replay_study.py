@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from moebius.gpu_cache.policy import POLICIES
-from moebius.hf_plugin.replay import judge, run
-from moebius.hf_plugin.trace_file import Trace, read_trace
+from moebius.hf_plugin.tools.replay import judge, run
+from moebius.hf_plugin.tools.trace_file import Trace, read_trace
 from moebius.predictors.forecaster import Forecaster
 
 CAPACITIES, PRICES = (0.25, 0.5), (0.25, 1.0, 3.0)

@@ -20,7 +20,7 @@ import numpy as np
 
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
-from moebius.hf_plugin.trace_file import read_trace
+from moebius.hf_plugin.tools.trace_file import read_trace
 from moebius.predictors.costs import KNOTS, CostModel, ExpertCost
 
 EXCERPT = Path(__file__).parents[1] / "tests" / "data" / "traces" / "gpt_oss_20b_excerpt.npz"

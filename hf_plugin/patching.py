@@ -12,16 +12,18 @@ from torch import nn
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.policy import POLICIES
-from moebius.hf_plugin import memory_guard, offload, saving
-from moebius.hf_plugin.discovery import ExpertsSite, find_sites
-from moebius.hf_plugin.gates import parent_of
-from moebius.hf_plugin.held import HeldWeights
-from moebius.hf_plugin.layer import ATTRIBUTE, PatchedLayer
-from moebius.hf_plugin.memory_guard import GuardedForward
+from moebius.hf_plugin import offload
+from moebius.hf_plugin.checkpoints import saving
+from moebius.hf_plugin.discovery.gates import parent_of
+from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.profile import read_profile
-from moebius.hf_plugin.reserve import reserve_for
-from moebius.hf_plugin.runtime import ModelRuntime, resolve_device
+from moebius.hf_plugin.running import memory_guard
+from moebius.hf_plugin.running.held import HeldWeights
+from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
+from moebius.hf_plugin.running.memory_guard import GuardedForward
+from moebius.hf_plugin.running.reserve import reserve_for
+from moebius.hf_plugin.running.runtime import ModelRuntime, resolve_device
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.numba.isa import check_choice

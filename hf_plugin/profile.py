@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from moebius.hf_plugin.trace_file import Trace
+from moebius.hf_plugin.tools.trace_file import Trace
 from moebius.predictors.forecaster import Forecaster, Habits
 
 _FORMAT = "moebius routing profile 1"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from moebius.hf_plugin.runtime import ModelRuntime
+    from moebius.hf_plugin.running.runtime import ModelRuntime
 
 
 @dataclass(slots=True)

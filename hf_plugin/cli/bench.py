@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moebius.hf_plugin import bench_experts, bench_generate
 from moebius.hf_plugin.cli.console import err, hide_progress_of_libraries, out, print_json, progress_bar
-from moebius.hf_plugin.generation import require_model
 from moebius.hf_plugin.options import Options
-from moebius.hf_plugin.record import write_record
+from moebius.hf_plugin.tools import bench_experts, bench_generate
+from moebius.hf_plugin.tools.generation import require_model
+from moebius.hf_plugin.tools.record import write_record
 from moebius.kernels.formats import FORMATS
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from moebius.hf_plugin import converting
+from moebius.hf_plugin.checkpoints import converting
 from moebius.hf_plugin.cli.console import hide_progress_of_libraries, out
-from moebius.hf_plugin.expert_files import EXPERTS
+from moebius.hf_plugin.running.expert_files import EXPERTS
 
 
 def convert(

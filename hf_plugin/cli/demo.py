@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import moebius
 from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.cli.console import Update, hide_progress_of_libraries, out, progress_bar
-from moebius.hf_plugin.generation import (
+from moebius.hf_plugin.tools.generation import (
     TIE_MARGIN,
     Agreement,
     Generation,

@@ -1,4 +1,4 @@
-"""`moebius doctor`: the report of `moebius.hf_plugin.doctor`, as tables or JSON."""
+"""`moebius doctor`: the report of `moebius.hf_plugin.tools.doctor`, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from moebius.hf_plugin.cli.console import out, print_json, progress_bar
-from moebius.hf_plugin.doctor import Finding, Report, examine
+from moebius.hf_plugin.tools.doctor import Finding, Report, examine
 
 GIB = 1 << 30
 

@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from moebius.gpu_cache.policy import POLICIES
-from moebius.hf_plugin import replay as replaying
 from moebius.hf_plugin.cli.console import err, out, print_json, progress_bar
-from moebius.hf_plugin.plots import new_figure
-from moebius.hf_plugin.trace_file import read_trace
+from moebius.hf_plugin.tools import replay as replaying
+from moebius.hf_plugin.tools.plots import new_figure
+from moebius.hf_plugin.tools.trace_file import read_trace
 
 
 def replay(

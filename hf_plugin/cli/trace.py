@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moebius
 from moebius.hf_plugin.cli.console import hide_progress_of_libraries, out, progress_bar
 from moebius.hf_plugin.profile import Profile
-from moebius.hf_plugin.recording import recording, save_event_logs, start_event_logs
-from moebius.hf_plugin.trace_file import read_trace
+from moebius.hf_plugin.tools.recording import recording, save_event_logs, start_event_logs
+from moebius.hf_plugin.tools.trace_file import read_trace
 
 
 def trace(

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from moebius.gpu_cache.device import default_device
 from moebius.hf_plugin.cli.console import out, print_json, progress_bar
-from moebius.hf_plugin.warmup import Tuned, tune_tiles, warm_up
+from moebius.hf_plugin.tools.warmup import Tuned, tune_tiles, warm_up
 from moebius.kernels.formats import FLOATS, FORMATS
 
 

@@ -13,7 +13,8 @@ import moebius
 from moebius.gpu_cache import executor
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.staging import BUFFERS
-from moebius.hf_plugin import patching, tiers
+from moebius.hf_plugin import patching
+from moebius.hf_plugin.running import tiers
 from tests import zoo
 from tests.gpu_cache.fake_driver import FakeDriver
 from tests.hf_plugin import helpers

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from moebius.hf_plugin.activations import recognise
-from moebius.hf_plugin.discovery import find_sites
+from moebius.hf_plugin.discovery.activations import recognise
+from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.kernels.experts import Act, Activation
 from moebius.kernels.reference import activate
 from tests import zoo

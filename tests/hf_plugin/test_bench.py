@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
-from moebius.hf_plugin import bench_experts, bench_generate, generation, machine
-from moebius.hf_plugin.bench_experts import Shape
+from moebius.hf_plugin.tools import bench_experts, bench_generate, generation, machine
+from moebius.hf_plugin.tools.bench_experts import Shape
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FORMATS
 

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import moebius
-from moebius.hf_plugin import doctor, generation, machine, memory_read
 from moebius.hf_plugin.cli import app as cli
 from moebius.hf_plugin.cli import bench, demo
 from moebius.hf_plugin.profile import read_profile
+from moebius.hf_plugin.tools import doctor, generation, machine, memory_read
 from moebius.kernels.formats import FORMATS
 
 SMALL_EXPERTS = ["bench", "experts", "--shape", "8,64,32,2", "--threads", "1", "--repeats", "2"]
@@ -139,7 +139,7 @@ def test_mistakes_are_said_in_one_line(arguments: list[str], words: str, capfd: 
 def test_errors_of_other_libraries_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ValueError out of torch is a bug of ours: without the traceback nobody can report it."""
     monkeypatch.setattr(sys, "argv", ["moebius", *SMALL_GENERATE])
-    monkeypatch.setattr("moebius.hf_plugin.bench_generate.load", lambda path, dtype: torch.zeros(2).view(3))
+    monkeypatch.setattr("moebius.hf_plugin.tools.bench_generate.load", lambda path, dtype: torch.zeros(2).view(3))
     with pytest.raises(RuntimeError, match="shape"):
         cli.main()
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 import moebius
-from moebius.hf_plugin import converting
+from moebius.hf_plugin.checkpoints import converting
 from moebius.hf_plugin.cli.app import app
-from moebius.hf_plugin.expert_files import EXPERTS
+from moebius.hf_plugin.running.expert_files import EXPERTS
 from tests import zoo
 from tests.hf_plugin import helpers, quantized_checkpoints
 from tests.hf_plugin.helpers import TRAINED, assert_close, prompt

@@ -12,8 +12,8 @@ import torch
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.hf_plugin import calibration
-from moebius.hf_plugin.dispatcher import Ran, Tier
+from moebius.hf_plugin.running import calibration
+from moebius.hf_plugin.running.dispatcher import Ran, Tier
 from moebius.predictors.costs import CostModel, ExpertCost
 from tests import zoo
 from tests.gpu_cache.fake_device import FakeDevice

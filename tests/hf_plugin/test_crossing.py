@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moebius.hf_plugin import crossing, dispatcher
-from moebius.hf_plugin.gates import LayerGate
-from moebius.hf_plugin.lookahead import Lookahead
+from moebius.hf_plugin.discovery.gates import LayerGate
+from moebius.hf_plugin.running import crossing, dispatcher
+from moebius.hf_plugin.running.lookahead import Lookahead
 from moebius.predictors.routing import PREDICTORS
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EMULATED, assert_close, logits, patched, prompt

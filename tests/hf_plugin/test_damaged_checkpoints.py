@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import moebius
-from moebius.hf_plugin import converting
+from moebius.hf_plugin.checkpoints import converting
 from tests import zoo
 
 INDEX = "model.safetensors.index.json"

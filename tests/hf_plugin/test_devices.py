@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 import moebius
 from moebius.gpu_cache.device import Device
 from moebius.gpu_cache.emulated import EmulatedDevice
-from moebius.hf_plugin import tiers
-from moebius.hf_plugin.layer import PatchedLayer
+from moebius.hf_plugin.running import tiers
+from moebius.hf_plugin.running.layer import PatchedLayer
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import moebius
-from moebius.hf_plugin.adapters import Convention
-from moebius.hf_plugin.discovery import find_sites
+from moebius.hf_plugin.discovery.adapters import Convention
+from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.kernels.experts import Act
 from tests import zoo
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moebius.gpu_cache.driver import Driver
-from moebius.hf_plugin import doctor, machine, memory_read
+from moebius.hf_plugin.tools import doctor, machine, memory_read
 from moebius.kernels.numba import jit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_cache_sizes_are_read_with_their_unit(text: str, size: int) -> None:
 
 def test_compiled_isa_is_what_numba_compiles_for(run_python: Callable, tmp_path: Path) -> None:
     """Read from the processor's flags, it would claim avx512 for code that was compiled for a plain machine."""
-    code = "from moebius.hf_plugin.machine import compiled_isa; print(compiled_isa())"
+    code = "from moebius.hf_plugin.tools.machine import compiled_isa; print(compiled_isa())"
     name = run_python(code, cwd=tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="").stdout.strip()
     assert name not in ("avx512", "avx2", "avx")
 

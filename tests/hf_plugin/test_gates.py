@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moebius
-from moebius.hf_plugin.gates import LayerGate
+from moebius.hf_plugin.discovery.gates import LayerGate
 from moebius.predictors.switch import Switch
 from tests import zoo
 from tests.hf_plugin import helpers

@@ -22,7 +22,7 @@ EXPERT = 3 * 64 * 32 * 4  # bytes of an expert of zoo's qwen3_moe: 2 layers of 8
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from moebius.hf_plugin import expert_files
+    from moebius.hf_plugin.running import expert_files
 
     monkeypatch.setattr(expert_files, "cache_root", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "experts"

@@ -190,7 +190,7 @@ def test_bad_options_and_dense_models_are_refused(tmp_path: Path) -> None:
 PEAK = """
 import os, threading, time, torch, moebius
 from transformers import AutoModelForCausalLM
-import moebius.hf_plugin.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
+import moebius.hf_plugin.checkpoints.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
 peak, running = 0, True
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))

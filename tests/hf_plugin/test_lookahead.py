@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moebius
-from moebius.hf_plugin.lookahead import Lookahead, hint_of
+from moebius.hf_plugin.running.lookahead import Lookahead, hint_of
 from moebius.predictors.routing import PREDICTORS, Routing
 from moebius.predictors.switch import BURST, Switch
 from tests import zoo

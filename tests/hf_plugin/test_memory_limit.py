@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moebius.hf_plugin import converting
+from moebius.hf_plugin.checkpoints import converting
 from tests.conftest import RunPython
 
 resource = pytest.importorskip("resource", reason="limits of a process are set by POSIX' setrlimit")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moebius
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.driver import Driver
-from moebius.hf_plugin import runtime
 from moebius.hf_plugin.patching import runtimes
-from moebius.hf_plugin.runtime import ModelRuntime
+from moebius.hf_plugin.running import runtime
+from moebius.hf_plugin.running.runtime import ModelRuntime
 from moebius.predictors.costs import CostModel
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt

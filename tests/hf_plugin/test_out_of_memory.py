@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.emulated import EmulatedDevice
-from moebius.hf_plugin.memory_guard import KvState
+from moebius.hf_plugin.running.memory_guard import KvState
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import moebius
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.hf_plugin import layer as layer_module
-from moebius.hf_plugin.held import HeldWeights
+from moebius.hf_plugin.running import layer as layer_module
+from moebius.hf_plugin.running.held import HeldWeights
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from moebius.hf_plugin import plots
 from moebius.hf_plugin.cli import app as cli
+from moebius.hf_plugin.tools import plots
 
 EXCERPT = Path(__file__).parent.parent / "data" / "traces" / "gpt_oss_20b_excerpt.npz"
 

@@ -15,7 +15,7 @@ from moebius.gpu_cache.policy import POLICIES, Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.patching import runtimes
 from moebius.hf_plugin.profile import Profile, read_profile
-from moebius.hf_plugin.trace_file import Trace, read_trace
+from moebius.hf_plugin.tools.trace_file import Trace, read_trace
 from moebius.predictors.forecaster import Forecaster
 from tests import zoo
 from tests.hf_plugin.helpers import EMULATED, logits, patched

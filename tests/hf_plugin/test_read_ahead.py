@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import moebius
-from moebius.hf_plugin import read_ahead
-from moebius.hf_plugin.read_ahead import ReadAhead
+from moebius.hf_plugin.checkpoints import read_ahead
+from moebius.hf_plugin.checkpoints.read_ahead import ReadAhead
 from tests import zoo
 
 SIZES = (5000, 0, 3001)

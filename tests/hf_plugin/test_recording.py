@@ -10,7 +10,7 @@ import torch
 
 import moebius
 from moebius.gpu_cache.policy import make_policy
-from moebius.hf_plugin.recording import Recorder, read_event_logs, recording, save_event_logs, start_event_logs
+from moebius.hf_plugin.tools.recording import Recorder, read_event_logs, recording, save_event_logs, start_event_logs
 from tests import zoo
 
 NEW = 6

@@ -18,8 +18,8 @@ from moebius.gpu_cache.event_log import EventLog
 from moebius.gpu_cache.policy import POLICIES, Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.cli.app import app
-from moebius.hf_plugin.replay import find_bound, judge, run
-from moebius.hf_plugin.trace_file import Trace, read_trace
+from moebius.hf_plugin.tools.replay import find_bound, judge, run
+from moebius.hf_plugin.tools.trace_file import Trace, read_trace
 from moebius.kernels.numba.replay import HITS, PREFETCHES, UPLOADS
 from tests.gpu_cache.fake_device import FakeDevice
 from tests.gpu_cache.layers import make_layers

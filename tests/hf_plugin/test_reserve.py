@@ -11,8 +11,8 @@ from torch import Tensor
 
 import moebius
 from moebius.gpu_cache.emulated import EmulatedDevice
-from moebius.hf_plugin import reserve
-from moebius.hf_plugin.reserve import UNKNOWN_BYTES, WORKSPACE_BYTES, Reserve, reserve_for
+from moebius.hf_plugin.running import reserve
+from moebius.hf_plugin.running.reserve import UNKNOWN_BYTES, WORKSPACE_BYTES, Reserve, reserve_for
 from tests import zoo
 from tests.hf_plugin import helpers
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moebius
-from moebius.hf_plugin import saving
+from moebius.hf_plugin.checkpoints import saving
 from tests import zoo
 from tests.conftest import RunPython
 from tests.hf_plugin.helpers import patched
@@ -127,7 +127,7 @@ def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
 
 PEAK = """
 import os, threading, time, torch, moebius
-import moebius.hf_plugin.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
+import moebius.hf_plugin.checkpoints.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 model = moebius.from_pretrained(os.environ["FOLDER"], device="cpu", expert_format="int4")

@@ -12,8 +12,8 @@ import moebius
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import open_device
 from moebius.gpu_cache.executor import run_reference
-from moebius.hf_plugin import streaming
-from moebius.hf_plugin.streaming import DeviceShare
+from moebius.hf_plugin.running import streaming
+from moebius.hf_plugin.running.streaming import DeviceShare
 from moebius.kernels.routes import Routes, build_routes, select
 from moebius.predictors.costs import CostModel
 from tests import zoo

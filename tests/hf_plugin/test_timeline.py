@@ -14,8 +14,7 @@ import moebius
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache import executor
 from moebius.gpu_cache.emulated import EmulatedDevice
-from moebius.hf_plugin.overlap import busy, measure, without_experts
-from moebius.hf_plugin.timeline import (
+from moebius.hf_plugin.running.timeline import (
     BACKGROUND,
     CPU,
     DEMAND,
@@ -27,6 +26,7 @@ from moebius.hf_plugin.timeline import (
     recorded,
     write_trace,
 )
+from moebius.hf_plugin.tools.overlap import busy, measure, without_experts
 from moebius.predictors.costs import Assignment, CostModel
 from tests import zoo
 from tests.hf_plugin import helpers

@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from moebius.hf_plugin import doctor
+from moebius.hf_plugin.tools import doctor
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.triton import choice, tuning
 from moebius.kernels.triton.choice import Kind, Tile

@@ -14,7 +14,7 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
-from moebius.hf_plugin.discovery import find_sites
+from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS

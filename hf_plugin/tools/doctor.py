@@ -18,8 +18,8 @@ from moebius import __version__
 from moebius.gpu_cache.device import default_device
 from moebius.gpu_cache.driver import Driver
 from moebius.gpu_cache.executor import HOW_TO_INSTALL
-from moebius.hf_plugin import machine
-from moebius.hf_plugin.memory_read import read_bandwidth
+from moebius.hf_plugin.tools import machine
+from moebius.hf_plugin.tools.memory_read import read_bandwidth
 from moebius.kernels.numba import isa
 from moebius.kernels.numba.jit import cache_folder
 

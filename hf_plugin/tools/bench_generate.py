@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import moebius
 from moebius.gpu_cache.device import default_device
-from moebius.hf_plugin.generation import Agreement, Generation, compare_with_stock, generate_greedily
-from moebius.hf_plugin.overlap import Overlap, traced
-from moebius.hf_plugin.timeline import Slice, write_trace
+from moebius.hf_plugin.running.timeline import Slice, write_trace
+from moebius.hf_plugin.tools.generation import Agreement, Generation, compare_with_stock, generate_greedily
+from moebius.hf_plugin.tools.overlap import Overlap, traced
 from moebius.kernels.formats import FLOATS, FORMATS
 
 VARIANTS: dict[str, dict[str, Any] | None] = {

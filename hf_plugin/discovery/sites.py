@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moebius.hf_plugin.activations import recognise
-from moebius.hf_plugin.adapters import Convention, ExpertParams, convention, expert_params
+from moebius.hf_plugin.discovery.activations import recognise
+from moebius.hf_plugin.discovery.adapters import Convention, ExpertParams, convention, expert_params
 from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.reference import moe_forward

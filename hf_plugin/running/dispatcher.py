@@ -13,16 +13,16 @@ import torch
 
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Timed
-from moebius.hf_plugin.crossing import send, to_host, zeros
-from moebius.hf_plugin.streaming import DeviceShare, Launched
-from moebius.hf_plugin.timeline import CPU, DEVICE, LAYERS
+from moebius.hf_plugin.running.crossing import send, to_host, zeros
+from moebius.hf_plugin.running.streaming import DeviceShare, Launched
+from moebius.hf_plugin.running.timeline import CPU, DEVICE, LAYERS
 from moebius.kernels.routes import Routes, build_routes, select
 from moebius.predictors.costs import Assignment, CostModel
 
 if TYPE_CHECKING:
-    from moebius.hf_plugin.layer import PatchedLayer
-    from moebius.hf_plugin.lookahead import Question
-    from moebius.hf_plugin.runtime import ModelRuntime
+    from moebius.hf_plugin.running.layer import PatchedLayer
+    from moebius.hf_plugin.running.lookahead import Question
+    from moebius.hf_plugin.running.runtime import ModelRuntime
 
 
 _NOTHING = np.empty(0, np.int64)

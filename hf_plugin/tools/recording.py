@@ -103,7 +103,7 @@ def start_event_logs(model: nn.Module) -> list[EventLog]:
         ValueError: the model has no cache.
     """
     from moebius.hf_plugin.patching import runtimes
-    from moebius.hf_plugin.tiers import distinct
+    from moebius.hf_plugin.running.tiers import distinct
 
     [runtime] = runtimes(model)
     with runtime.lock:

@@ -26,8 +26,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from moebius.hf_plugin.held import HeldWeights
-from moebius.hf_plugin.layer import SHAPES_ONLY, held_by
+from moebius.hf_plugin.running.held import HeldWeights
+from moebius.hf_plugin.running.layer import SHAPES_ONLY, held_by
 
 State = dict[str, torch.Tensor]
 

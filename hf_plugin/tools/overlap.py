@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moebius.hf_plugin.generation import generate_greedily
-from moebius.hf_plugin.timeline import CPU, DEVICE, LINK, STEPS, Slice, recorded
+from moebius.hf_plugin.running.timeline import CPU, DEVICE, LINK, STEPS, Slice, recorded
+from moebius.hf_plugin.tools.generation import generate_greedily
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def traced(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tup
 @contextmanager
 def without_experts(model: nn.Module) -> Iterator[None]:
     """The patched model's layers are called as ever within the block, but every route goes to no expert."""
-    from moebius.hf_plugin.layer import ATTRIBUTE
+    from moebius.hf_plugin.running.layer import ATTRIBUTE
 
     layers = [module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__]
     for layer in layers:

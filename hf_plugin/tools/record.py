@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moebius.hf_plugin import doctor, machine
+from moebius.hf_plugin.tools import doctor, machine
 
 
 def write_record(file: Path, command: Sequence[str], settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

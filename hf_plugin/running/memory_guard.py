@@ -21,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
-    from moebius.hf_plugin.runtime import ModelRuntime
+    from moebius.hf_plugin.running.runtime import ModelRuntime
 
 _MISSING = object()
 _VALUES = (torch.Tensor, str, int, float, type(None), torch.dtype)  # that a forward reads and does not change

@@ -77,7 +77,7 @@ def recorded(model: nn.Module) -> Iterator[Timeline]:
         ValueError: the model is not patched.
     """
     from moebius.hf_plugin.patching import runtimes
-    from moebius.hf_plugin.tiers import distinct
+    from moebius.hf_plugin.running.tiers import distinct
 
     timeline, found = Timeline(), runtimes(model)
     caches = [tier.cache for runtime in found for tier in distinct(runtime.tiers)]

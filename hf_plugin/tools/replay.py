@@ -16,7 +16,7 @@ import numpy as np
 
 from moebius.gpu_cache.policy import POLICIES, make_policy
 from moebius.gpu_cache.slots import SlotTable
-from moebius.hf_plugin.trace_file import Trace
+from moebius.hf_plugin.tools.trace_file import Trace
 from moebius.kernels.numba import clairvoyant
 from moebius.kernels.numba.replay import COUNTS, HITS, PREFETCHES, UPLOADS, USED_PREFETCHES, replay
 from moebius.predictors.forecaster import Forecaster

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
-from moebius.hf_plugin.held import HeldWeights
-from moebius.hf_plugin.read_ahead import ReadAhead
+from moebius.hf_plugin.checkpoints.read_ahead import ReadAhead
+from moebius.hf_plugin.running.held import HeldWeights
 from moebius.kernels.packing import CodedMatrix
 
 

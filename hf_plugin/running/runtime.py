@@ -18,22 +18,22 @@ from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import default_device
-from moebius.hf_plugin import expert_files
-from moebius.hf_plugin.dispatcher import Tier, run_layer
-from moebius.hf_plugin.host_tier import HostTier
-from moebius.hf_plugin.lookahead import Lookahead
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.profile import Profile, read_profile
-from moebius.hf_plugin.recording import Recorder
-from moebius.hf_plugin.reserve import Reserve
+from moebius.hf_plugin.running import expert_files
+from moebius.hf_plugin.running.dispatcher import Tier, run_layer
+from moebius.hf_plugin.running.host_tier import HostTier
+from moebius.hf_plugin.running.lookahead import Lookahead
+from moebius.hf_plugin.running.reserve import Reserve
+from moebius.hf_plugin.running.tiers import budget, distinct, fitting, open_tiers, shrink
+from moebius.hf_plugin.running.timeline import Timeline
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
-from moebius.hf_plugin.tiers import budget, distinct, fitting, open_tiers, shrink
-from moebius.hf_plugin.timeline import Timeline
+from moebius.hf_plugin.tools.recording import Recorder
 from moebius.kernels.routes import Routes
 from moebius.predictors.routing import PREDICTORS, Gate
 
 if TYPE_CHECKING:
-    from moebius.hf_plugin.layer import PatchedLayer
+    from moebius.hf_plugin.running.layer import PatchedLayer
 
 
 class ModelRuntime:

@@ -22,14 +22,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from moebius.hf_plugin.adapters import Convention
-from moebius.hf_plugin.discovery import ExpertsSite
-from moebius.hf_plugin.gates import LayerGate
-from moebius.hf_plugin.held import HeldWeights
-from moebius.hf_plugin.op import LAYERS, experts
+from moebius.hf_plugin.discovery.adapters import Convention
+from moebius.hf_plugin.discovery.gates import LayerGate
+from moebius.hf_plugin.discovery.sites import ExpertsSite
+from moebius.hf_plugin.running.held import HeldWeights
+from moebius.hf_plugin.running.op import LAYERS, experts
 
 if TYPE_CHECKING:
-    from moebius.hf_plugin.runtime import ModelRuntime
+    from moebius.hf_plugin.running.runtime import ModelRuntime
 
 ATTRIBUTE = "_moebius"  # of a patched experts module: its PatchedLayer
 _STATE_METHODS = ("_apply", "_save_to_state_dict", "_load_from_state_dict")

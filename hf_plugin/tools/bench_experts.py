@@ -18,8 +18,8 @@ import torch
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
-from moebius.hf_plugin import machine
-from moebius.hf_plugin.memory_read import DEFAULT_CACHE_BYTES, RecordReader
+from moebius.hf_plugin.tools import machine
+from moebius.hf_plugin.tools.memory_read import DEFAULT_CACHE_BYTES, RecordReader
 from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.formats import coding
 from moebius.kernels.packing import pack

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moebius.cpu_experts.record_file import RecordFile
-from moebius.hf_plugin.expert_files import CONVERSIONS, EXPERTS
-from moebius.hf_plugin.loading import MoebiusConfig, from_pretrained, load
+from moebius.hf_plugin.checkpoints.loading import MoebiusConfig, from_pretrained, load
+from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".partial")
 _REST, _GUARD = "model-rest.safetensors", "model-experts-elsewhere.safetensors"

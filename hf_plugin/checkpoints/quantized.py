@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moebius.hf_plugin.adapters import ExpertParams
-from moebius.hf_plugin.checkpoint_codes import Method, check, methods
-from moebius.hf_plugin.discovery import ExpertsSite
+from moebius.hf_plugin.checkpoints.codes import Method, check, methods
+from moebius.hf_plugin.discovery.adapters import ExpertParams
+from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.packing import CodedMatrix
 
 logger = logging.getLogger(__name__)

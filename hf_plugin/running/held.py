@@ -11,7 +11,7 @@ from torch import nn
 
 from moebius.cpu_experts.record_file import LayerFacts
 from moebius.cpu_experts.store import ExpertStore
-from moebius.hf_plugin.discovery import ExpertsSite
+from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import CodedMatrix, pack, unpack

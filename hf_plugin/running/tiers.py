@@ -13,10 +13,10 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import full_name, open_device
-from moebius.hf_plugin.calibration import calibrate
-from moebius.hf_plugin.dispatcher import Tier
 from moebius.hf_plugin.options import Options, parse_memory
-from moebius.hf_plugin.reserve import Reserve
+from moebius.hf_plugin.running.calibration import calibrate
+from moebius.hf_plugin.running.dispatcher import Tier
+from moebius.hf_plugin.running.reserve import Reserve
 
 logger = logging.getLogger(__name__)
 Opened = TypeVar("Opened")

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moebius.hf_plugin.dispatcher import Tier
-from moebius.hf_plugin.host_tier import HostTier
+from moebius.hf_plugin.running.dispatcher import Tier
+from moebius.hf_plugin.running.host_tier import HostTier
 from moebius.predictors.forecaster import NO_SCORES, Forecaster, Habits, Hint
 from moebius.predictors.routing import MAX_TOKENS, Gate, Offsets, Predictor, Routing
 from moebius.predictors.switch import Switch, least_chance

@@ -23,18 +23,18 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebius.cpu_experts.record_file import RecordFile
-from moebius.hf_plugin import expert_files
-from moebius.hf_plugin.checkpoint_codes import methods
-from moebius.hf_plugin.checkpoint_files import check_index, check_tensors
-from moebius.hf_plugin.discovery import ExpertsSite, find_sites, probe_ids, verify_once
-from moebius.hf_plugin.gates import parent_of
-from moebius.hf_plugin.held import HeldWeights
-from moebius.hf_plugin.intake import FromFile, Intake, IntoFile, file_layers
-from moebius.hf_plugin.layer import PatchedLayer
+from moebius.hf_plugin.checkpoints.codes import methods
+from moebius.hf_plugin.checkpoints.files import check_index, check_tensors
+from moebius.hf_plugin.checkpoints.intake import FromFile, Intake, IntoFile, file_layers
+from moebius.hf_plugin.checkpoints.quantized import QuantizedCheckpoint
+from moebius.hf_plugin.discovery.gates import parent_of
+from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites, probe_ids, verify_once
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.patching import check_budget, format_name, make_options, start
-from moebius.hf_plugin.quantized_loading import QuantizedCheckpoint
-from moebius.hf_plugin.runtime import default_threads
+from moebius.hf_plugin.running import expert_files
+from moebius.hf_plugin.running.held import HeldWeights
+from moebius.hf_plugin.running.layer import PatchedLayer
+from moebius.hf_plugin.running.runtime import default_threads
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import CodedMatrix
 
