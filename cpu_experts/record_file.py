@@ -183,7 +183,7 @@ class RecordFile:
         Raises:
             ValueError: the file is damaged.
         """
-        target = torch.empty(self.layers[name].layout.nbytes, dtype=torch.uint8)
+        target = torch.empty(self.layers[name].layout.nbytes, dtype=torch.uint8, device="cpu")
         for record in self.records(name):
             self.read(record, target)
 

@@ -79,7 +79,7 @@ def allocate(nbytes: int) -> torch.Tensor:
     They begin with a page, since a driver that pins a store's pages refuses those that another store has pinned.
     """
     if nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer, alignment = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8), mmap.PAGESIZE
+        buffer, alignment = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu"), mmap.PAGESIZE
     else:
         pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # advice only: a kernel without huge pages refuses it

@@ -47,7 +47,7 @@ class Driver:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Pinned host memory, uint8 [nbytes]."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy to the device on the current stream; the host does not wait if `source` is pinned."""

@@ -33,7 +33,7 @@ class EmulatedDevice(Device):
 
     def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):  # a pool made inside could not be written by the copy thread
-            return torch.empty(slots, nbytes, dtype=torch.uint8)
+            return torch.empty(slots, nbytes, dtype=torch.uint8, device="cpu")
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
         assert after is None or isinstance(after, Signal)
@@ -51,7 +51,7 @@ class EmulatedDevice(Device):
 
     def finish_copies(self) -> None:
         if self._copies.running:
-            last = Job(lambda: torch.empty(0), [])
+            last = Job(lambda: torch.empty(0, device="cpu"), [])
             self._copies.submit(last)
             last.completion.wait()
 

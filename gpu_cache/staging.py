@@ -108,7 +108,7 @@ class Staging:
     def finish(self) -> None:
         """Wait until all copies are with the device."""
         if self._worker.running:
-            last = Job(lambda: torch.empty(0), ())
+            last = Job(lambda: torch.empty(0, device="cpu"), ())
             self._worker.submit(last)
             last.completion.wait()
 

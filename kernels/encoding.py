@@ -5,6 +5,7 @@ Codes travel here one to a byte, uint8 [..., n, m], whatever a record or a check
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -42,7 +43,7 @@ def numbers(codes: torch.Tensor, code: str) -> torch.Tensor:
         case "e4m3":
             return codes.view(torch.float8_e4m3fn).float()
         case "e2m1":
-            values = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
+            values = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float32, device=codes.device)
             return values[codes.int()]
     return codes.float()
 
@@ -98,7 +99,7 @@ def encode(coding: Coding, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         inverse = _inverse(scale_numbers(scales, coding.scale))
         zeros = (-low * inverse).round().clamp(0, 15).to(torch.uint8)
     elif coding.scale == "e8m0":
-        exponent = torch.frexp(largest).exponent - 1 - int(torch.tensor(_LARGEST[coding.code]).log2())
+        exponent = torch.frexp(largest).exponent - 1 - int(math.log2(_LARGEST[coding.code]))
         scales = torch.where(largest > 0, exponent + 127, 127).clamp(0, 254).to(torch.uint8)
     else:
         scales = _stored(largest / _LARGEST[coding.code], coding)
@@ -131,6 +132,8 @@ def _nearest(scaled: torch.Tensor, coding: Coding) -> torch.Tensor:
             return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         case "e2m1":
             middles = [(a + b) / 2 for a, b in pairwise(E2M1)]
-            code = torch.bucketize(scaled.abs().contiguous(), torch.tensor(middles, device=scaled.device))
+            code = torch.bucketize(
+                scaled.abs().contiguous(), torch.tensor(middles, dtype=torch.float32, device=scaled.device)
+            )
             return (code | (scaled < 0).int() << 3).to(torch.uint8)
     return (scaled if coding.zeros else scaled + 8).round().clamp(0, 15).to(torch.uint8)

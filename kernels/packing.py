@@ -40,7 +40,7 @@ class CodedMatrix:
         if self.order is None:
             return decode(self.coding, self.codes, self.scales, self.zeros)
         ungrouped = replace(self.coding, columns=GROUP)
-        matrix = torch.empty(self.codes.shape, device=self.codes.device)
+        matrix = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for block in range(self.scales.shape[1]):
             mine = self.order == block
             zeros = None if self.zeros is None else self.zeros[:, block, None]

@@ -210,7 +210,9 @@ class MoebiusQuantizer(HfQuantizer):
         for name in names:
             path, _, weight = name.rpartition(".")
             parameters = model.get_submodule(path)._parameters
-            parameters[weight] = nn.Parameter(torch.empty(0, dtype=parameters[weight].dtype), requires_grad=False)  # type: ignore[union-attr]
+            parameters[weight] = nn.Parameter(
+                torch.empty(0, dtype=parameters[weight].dtype, device="cpu"), requires_grad=False
+            )  # type: ignore[union-attr]
             parameters[weight]._is_hf_initialized = True  # type: ignore[union-attr]
         if missing is not None:
             missing.difference_update(names)

@@ -31,7 +31,7 @@ def recognise(apply: Callable[[torch.Tensor], torch.Tensor], gated: bool, module
         module: whose scalar attributes (and those of its children) are candidates for limits and slopes.
     """
     generator = torch.Generator().manual_seed(0)
-    gate, up = (torch.rand(2, _PROBES, generator=generator) * 2 - 1) * _RANGE
+    gate, up = (torch.rand(2, _PROBES, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1) * _RANGE
     gate[: _PROBES // 2] /= 8  # half of the probes where activations are curved
     with torch.no_grad():
         expected = apply((torch.cat([gate, up]) if gated else gate)[None])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from moebius.kernels.reference import moe_forward
 from moebius.kernels.routes import build_routes
 
 PROBE_TOKENS = 3
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 # ||ours - stock|| / ||stock|| of a layer's output on random inputs; a wrong layout or formula gives about 1
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -199,7 +201,7 @@ def verify_once(site: ExpertsSite, verified: set[object]) -> None:
 def probe_ids(num_experts: int) -> torch.Tensor:
     """The experts that `verify_once` routes its tokens to, int64 [PROBE_TOKENS, 1 or 2]."""
     generator = torch.Generator().manual_seed(1)
-    chosen = [torch.randperm(num_experts, generator=generator)[:2] for _ in range(PROBE_TOKENS)]
+    chosen = [torch.randperm(num_experts, generator=generator, device="cpu")[:2] for _ in range(PROBE_TOKENS)]
     return torch.stack(chosen)
 
 
@@ -208,9 +210,9 @@ def _verify(site: ExpertsSite) -> None:
     device = next(iter(site.tensors().values())).device
     generator = torch.Generator().manual_seed(0)
     e, h = site.params.num_experts, site.params.hidden
-    x = torch.randn(PROBE_TOKENS, h, generator=generator).to(device, site.dtype)
+    x = torch.randn(PROBE_TOKENS, h, generator=generator, **_PLAIN).to(device, site.dtype)
     ids = probe_ids(e)
-    weights = torch.rand(ids.shape, generator=generator) + 0.5
+    weights = torch.rand(ids.shape, generator=generator, **_PLAIN) + 0.5
     if site.identity_experts:
         ids[0, 0] = e
     stock = _stock(site, x, ids.to(device), weights.to(device)).double().cpu()
@@ -229,7 +231,7 @@ def _stock(site: ExpertsSite, x: torch.Tensor, ids: torch.Tensor, weights: torch
     if site.convention is Convention.ROUTED:
         return forward(site.module, x, ids, weights.to(x.dtype)).reshape(x.shape)
     scores = torch.zeros(site.params.num_experts, len(x), 1, device=x.device, dtype=x.dtype)
-    scores[ids.T, torch.arange(len(x))] = weights.T[..., None].to(x.dtype)
+    scores[ids.T, torch.arange(len(x), device="cpu")] = weights.T[..., None].to(x.dtype)
     return forward(site.module, (x * scores).flatten(0, 1)).view(*scores.shape[:2], -1).sum(0)
 
 
@@ -238,7 +240,7 @@ def reference_output(site: ExpertsSite, x: torch.Tensor, ids: torch.Tensor, weig
     """What the site should give by its spec, in float32 [T, H]."""
     e, experts = site.params.num_experts, site.params.views(site.tensors())
     weights = weights.to(x.dtype).float()
-    out = torch.zeros(x.shape, device=x.device)
+    out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
     if site.identity_experts:
         out += x.float() * (weights * (ids >= e)).sum(-1, keepdim=True).to(x.device)
     if site.convention is Convention.SCALED_ROWS:  # the score scales the input

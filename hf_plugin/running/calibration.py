@@ -81,8 +81,8 @@ class _Calibration:
 
     def on_cpu(self, experts: np.ndarray, tokens: int) -> float:
         """Microseconds of one call with these experts, each on so many tokens."""
-        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.dtype)
-        out = torch.zeros(tokens, self.store.spec.hidden)
+        x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.dtype, device="cpu")
+        out = torch.zeros(tokens, self.store.spec.hidden, dtype=torch.float32, device="cpu")
         begun = perf_counter()
         self.executor.run(self.store, x, _routes(experts, tokens), out)
         return (perf_counter() - begun) * 1e6

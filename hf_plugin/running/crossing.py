@@ -28,7 +28,7 @@ def zeros(rows: torch.Tensor, target: torch.device) -> torch.Tensor:
     """Host memory for a sum of the shape of `rows` [T, H] that is sent to `target`, fp32 zeros."""
     apart = target.type not in ("cpu", "mps")  # the memory of mps is the host's
     pinned = apart and rows.numel() * 4 <= PINNED_BYTES
-    return torch.zeros(rows.shape, dtype=torch.float32, pin_memory=pinned)
+    return torch.zeros(rows.shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
 
 
 def send(rows: torch.Tensor, target: torch.device) -> torch.Tensor:

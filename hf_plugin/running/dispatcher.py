@@ -167,7 +167,7 @@ def _on_cpu_meanwhile(
         return None  # and nothing to send back
     mine, took = ~wanted.on_device, 0.0
     buffers, shape = tier.cache.buffers, step.host_x.shape
-    out = torch.zeros(shape) if buffers is None else buffers.zeros(*shape)
+    out = torch.zeros(shape, dtype=torch.float32, device="cpu") if buffers is None else buffers.zeros(*shape)
     for part in _parts(tier, wanted.tokens, mine) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step, part, out)
         share.advance()

@@ -16,7 +16,7 @@ from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import CodedMatrix, pack, unpack
 
-_HOST = torch.empty(0)
+_HOST = torch.device("cpu")
 
 ForEach = Callable[[Callable[[int], None], int], None]
 
@@ -35,7 +35,9 @@ class HeldWeights:
         loaded = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}
         self.dtype = site.dtype
         self.parameters: dict[str, nn.Parameter] = {  # the module's own, empty as long as it is patched
-            name: site.owner.get_parameter(name) if name in loaded else nn.Parameter(torch.empty(0, dtype=site.dtype))
+            name: site.owner.get_parameter(name)
+            if name in loaded
+            else nn.Parameter(torch.empty(0, dtype=site.dtype, device=_HOST))
             for name in tensors
         }
         self.placeholders: dict[str, nn.Parameter] = {  # what stands in the module in their stead
@@ -44,7 +46,7 @@ class HeldWeights:
         self.absent = set(tensors)  # weights that no tensor has filled yet
         self.lossless = True  # whether the store gives the weights back bit for bit
         self._params, self._kept = site.params, tensors if keep else None
-        self._devices = {name: loaded.get(name, _HOST).device for name in tensors}
+        self._devices = {name: loaded[name].device if name in loaded else _HOST for name in tensors}
         self.surplus: dict[str, torch.Tensor] = {}  # rows that no expert has, which a checkpoint holds nevertheless
         self.spec, self.layout, self.num_experts = (
             site.spec,
@@ -137,7 +139,7 @@ class HeldWeights:
         """Copies of the weights as the module had them, in host memory; `only` of some experts, else zeros."""
         if self._kept is not None:
             return {name: tensor.to("cpu", copy=True) for name, tensor in self._kept.items()}
-        return self._unpack(dict.fromkeys(self._devices, _HOST.device), only)
+        return self._unpack(dict.fromkeys(self._devices, _HOST), only)
 
     def _unpack(self, devices: dict[str, torch.device], only: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
         make = torch.empty if only is None else torch.zeros  # zeros take no memory where nothing is written

@@ -58,7 +58,7 @@ class HostDevice(Device):
     def finish_copies(self) -> None:
         for reader in self._readers:
             if reader.running:
-                last = Job(lambda: torch.empty(0), [])
+                last = Job(lambda: torch.empty(0, device="cpu"), [])
                 reader.submit(last)
                 last.completion.wait()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 import moebius
 from tests import zoo
 from tests.hf_plugin import helpers
-from tests.hf_plugin.helpers import EIGHT, EMULATED, assert_close, everywhere, logits, patched, prompt
+from tests.hf_plugin.helpers import EIGHT, EMULATED, assert_close, everywhere, greedy, logits, patched, prompt
 
 Decode = Callable[[PreTrainedModel, Tensor], Any]
 
@@ -285,3 +286,34 @@ def test_operator_follows_the_rules_of_torch(options: dict[str, Any]) -> None:
         ids = torch.tensor([[0, 1], [7, 3], [2, 2], [-1, 8], [5, 0]])
         number = vars(layer)["_moebius"].id
         torch.library.opcheck(torch.ops.moebius.experts.default, (x, ids, torch.rand(5, 2), number))
+
+
+@contextmanager
+def defaults(name: str) -> Iterator[None]:
+    """Torch's defaults as some scripts set them; the meta device stands for a GPU: nothing can be computed there."""
+    torch.set_default_device("meta" if name == "device" else None)
+    torch.set_default_dtype({"bf16": torch.bfloat16, "fp64": torch.float64}.get(name, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["device", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    "options",
+    [{"device": "cpu"}, {"device": "cpu", "expert_format": "int4", "keep_original": True}, EMULATED],
+    ids=["cpu", "int4", "emulated"],
+)
+def test_other_defaults_of_torch(options: dict[str, Any], name: str) -> None:
+    """Catches a tensor of ours whose device or dtype is whatever the script has made torch's default."""
+    model = zoo.build("qwen3_moe")
+    ids = prompt(model)
+    with patched(model, **options):
+        want, tokens = logits(model, ids), greedy(model, ids)
+    with defaults(name), patched(model, **options):
+        for _ in range(3):
+            assert_close(logits(model, ids), want)
+        assert greedy(model, ids) == tokens
+        moebius.stats(model)
