@@ -55,6 +55,22 @@ def test_streamed_weights_are_the_checkpoints(name: str, tmp_path: Path) -> None
         assert all(torch.equal(restored[key], original[key]) for key in original)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streamed_experts_run_where_patched_ones_do(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Catches activations not recognised, and so slow torch code, where a checkpoint's dtype is torch's default."""
+    stock = zoo.build(name).to(dtype)
+    stock.save_pretrained(tmp_path)
+    moebius.patch(stock, device="cpu")
+    streamed = moebius.from_pretrained(str(tmp_path), device="cpu", dtype="auto")
+    config = moebius.MoebiusConfig(device="cpu")
+    by_config = type(stock).from_pretrained(tmp_path, dtype="auto", quantization_config=config)
+    for model in (streamed, by_config):
+        assert moebius.stats(model).notes == moebius.stats(stock).notes
+        moebius.unpatch(model)
+    moebius.unpatch(stock)
+
+
 def test_single_experts_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a per-expert checkpoint that is packed first, which costs a copy and a layer's memory."""
     saved("qwen3_moe", tmp_path)
