@@ -133,9 +133,10 @@ class ValuedPolicy:
     def bind(self, table: SlotTable) -> np.ndarray:
         """The table's arrays as a bundle of `residency.TABLE`; sees to shares of as many slots."""
         if self._bound is None or self._bound[0] is not table:
-            self._bound = table, bundle((table.key_of, table.state, table.pins), residency.TABLE)
             if self.rule.per_layer:
                 self._shares[1:] = np.cumsum(divide(table.slots, self._experts))
+            # last, so that an interrupt before it leaves nothing half done
+            self._bound = table, bundle((table.key_of, table.state, table.pins), residency.TABLE)
         return self._bound[1]
 
 

@@ -23,6 +23,8 @@ from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EIGHT, EMULATED, assert_close, everywhere, greedy, logits, patched, prompt
 
+pytestmark = pytest.mark.usefixtures("prefetching")
+
 Decode = Callable[[PreTrainedModel, Tensor], Any]
 
 

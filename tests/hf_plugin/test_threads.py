@@ -29,6 +29,8 @@ from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EMULATED, PLACEMENTS, assert_close, everywhere, greedy, logits, patched, prompt
 
+pytestmark = pytest.mark.usefixtures("prefetching")
+
 THREADED: list[dict[str, Any]] = [options | {"cpu_threads": 2} for options in PLACEMENTS.values()]
 threaded = pytest.mark.parametrize("options", THREADED, ids=PLACEMENTS.keys())
 
