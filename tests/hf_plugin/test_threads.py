@@ -242,7 +242,16 @@ def test_interrupted_anywhere_the_model_stays_usable(target: Any, name: str, cal
     helpers.assert_same_weights(model, state)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell has started the tests in the background, for which it ignores the signal."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @threaded
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_generate(options: dict[str, Any]) -> None:
     """Catches a signal that is lost in compiled code or a worker thread, or that leaves the model unusable."""
     model = zoo.build("qwen3_moe")
