@@ -209,11 +209,10 @@ class MoebiusQuantizer(HfQuantizer):
             names = [name for names in self._weights_of.values() for name in names]
         for name in names:
             path, _, weight = name.rpartition(".")
-            parameters = model.get_submodule(path)._parameters
-            parameters[weight] = nn.Parameter(
-                torch.empty(0, dtype=parameters[weight].dtype, device="cpu"), requires_grad=False
-            )  # type: ignore[union-attr]
-            parameters[weight]._is_hf_initialized = True  # type: ignore[union-attr]
+            owner = model.get_submodule(path)
+            empty = torch.empty(0, dtype=owner.get_parameter(weight).dtype, device="cpu")
+            owner._parameters[weight] = nn.Parameter(empty, requires_grad=False)
+            owner._parameters[weight]._is_hf_initialized = True  # type: ignore[union-attr]
         if missing is not None:
             missing.difference_update(names)
             self._missing = missing  # which transformers goes on to change
