@@ -18,6 +18,7 @@ from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
+from moebius.kernels.numba.slots import prove
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes, select
 from moebius.predictors.costs import CostModel, ExpertCost
@@ -98,8 +99,13 @@ def _use_policy() -> None:
     policy, experts = make_policy(Options().cache_policy, [_EXPERTS]), np.arange(1, dtype=np.int32)
     select(build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), _EXPERTS), np.ones(1, bool))
     policy.used(0, experts, np.zeros(1, bool))
-    policy.place(SlotTable([_EXPERTS], 1), 0, experts, Reason.ADMIT)
+    table, slots = SlotTable([_EXPERTS], 1), np.zeros(1, np.int32)
+    policy.place(table, 0, experts, Reason.ADMIT)
+    table.pin(slots)
+    table.holds(0, experts, slots)
+    prove(np.zeros(1, bool), slots)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
     costs.assign(np.array([0, 1], np.int32), np.zeros(1, np.int32))
+    costs.cpu.of(tokens)
     costs.observe_cpu(tokens, 1.0, 0.0)
