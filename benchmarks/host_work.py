@@ -44,7 +44,6 @@ from moebius.predictors.costs import CostModel, ExpertCost
 from moebius.predictors.switch import Switch
 
 EXPERTS, TOP_K, HIDDEN, LAYERS = 128, 8, 2048, 8
-RECORD_BYTES = 3 * HIDDEN * 768 * 2  # of the experts that these stand for
 WARMUP = 300
 CASES: dict[str, dict[str, Any]] = {
     "cpu": {"device": "cpu"},

@@ -107,10 +107,7 @@ class Staging:
 
     def finish(self) -> None:
         """Wait until all copies are with the device."""
-        if self._worker.running:
-            last = Job(lambda: torch.empty(0, device="cpu"), ())
-            self._worker.submit(last)
-            last.completion.wait()
+        self._worker.drain()
 
     def close(self) -> None:
         """Drop what waits, and give the thread and the buffers back."""

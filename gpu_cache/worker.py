@@ -113,10 +113,12 @@ class Worker:
             (self._queue.jobs.appendleft if first else self._queue.jobs.append)(job)
             self._queue.changed.notify()
 
-    @property
-    def running(self) -> bool:
-        """Whether there is a thread."""
-        return self._queue is not None
+    def drain(self) -> None:
+        """Wait until the jobs queued so far have ended."""
+        if self._queue is not None:
+            last = Job(lambda: torch.empty(0, device="cpu"), ())
+            self.submit(last)
+            last.completion.wait()
 
     def pause(self, seconds: float) -> bool:
         """From within a job: wait without burning CPU; True if the worker is being closed."""

@@ -38,17 +38,16 @@ def bring_in(model: nn.Module) -> None:
             )
     for _, module, hook in found:
         entries, prefix = _entries(hook)
-        for key in _tensors(module, hook):
-            set_module_tensor_to_device(module, key, "cpu", value=entries.pop(prefix + key))
         hook.offload = False
-        setattr(hook, _BROUGHT_IN, set())
+        setattr(hook, _BROUGHT_IN, set())  # first: `send_back` then undoes also what an interrupt leaves half done
+        for key in _tensors(module, hook):
+            set_module_tensor_to_device(module, key, "cpu", value=entries[prefix + key])
+            del entries[prefix + key]
 
 
 def settle(model: nn.Module) -> None:
     """Move what was brought in, and is not on the meta device by now, to where it is used; the hooks keep a copy."""
-    for _, module, hook in _hooks(model):
-        if not hasattr(hook, _BROUGHT_IN):
-            continue
+    for module, hook in _brought_in(model):
         entries, prefix = _entries(hook)
         for key, tensor in _tensors(module, hook).items():
             if tensor.device.type != "meta":
@@ -62,9 +61,7 @@ def settle(model: nn.Module) -> None:
 
 def send_back(model: nn.Module) -> None:
     """Give the hooks their values back, which do again what they did."""
-    for _, module, hook in _hooks(model):
-        if not hasattr(hook, _BROUGHT_IN):
-            continue
+    for module, hook in _brought_in(model):
         entries, prefix = _entries(hook)
         for key, tensor in _tensors(module, hook).items():
             entries.setdefault(prefix + key, tensor.data)
@@ -81,6 +78,10 @@ def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, AlignDevicesHook]
         for each in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
             if isinstance(each, AlignDevicesHook):
                 yield name, module, each
+
+
+def _brought_in(model: nn.Module) -> Iterator[tuple[nn.Module, AlignDevicesHook]]:
+    return ((module, hook) for _, module, hook in _hooks(model) if hasattr(hook, _BROUGHT_IN))
 
 
 def _tensors(module: nn.Module, hook: AlignDevicesHook) -> dict[str, torch.Tensor]:

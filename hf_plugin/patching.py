@@ -57,8 +57,8 @@ def patch(model: Model, **options: Any) -> Model:
     if is_patched(model):
         raise ValueError("the model is already patched; call moebius.unpatch(model) first, then patch with new options")
     layers: list[PatchedLayer] = []
-    offload.bring_in(model)
     try:
+        offload.bring_in(model)
         sites = find_sites(model)
         check_budget(chosen, sites)
         _check_host_memory(chosen, sites)

@@ -166,8 +166,8 @@ def _on_cpu_meanwhile(
     if share.launched and not share.waiting and wanted.residents + wanted.fetches == experts:
         return None  # and nothing to send back
     mine, took = ~wanted.on_device, 0.0
-    buffers, shape = tier.cache.buffers, step.host_x.shape
-    out = torch.zeros(shape, dtype=torch.float32, device="cpu") if buffers is None else buffers.zeros(*shape)
+    buffers = tier.cache.buffers
+    out = zeros(step.host_x, tier.device) if buffers is None else buffers.zeros(*step.host_x.shape)
     for part in _parts(tier, wanted.tokens, mine) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step, part, out)
         share.advance()

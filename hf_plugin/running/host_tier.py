@@ -57,10 +57,7 @@ class HostDevice(Device):
 
     def finish_copies(self) -> None:
         for reader in self._readers:
-            if reader.running:
-                last = Job(lambda: torch.empty(0, device="cpu"), [])
-                reader.submit(last)
-                last.completion.wait()
+            reader.drain()
 
     def compute(self, work: Callable[[], torch.Tensor], after: Sequence[Completion]) -> Launch:
         raise RuntimeError("experts in host memory are computed by the CPU executor")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.experts import ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.experts import Activation, ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.formats import GROUP
 from moebius.kernels.numba.quantized import FEW
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import Routes, build_routes
+
+
+def draw_spec(data: st.DataObject, size: st.SearchStrategy[int], activations: Sequence[Activation]) -> ExpertSpec:
+    """What experts compute: any sides, with a gate and biases or without."""
+    return ExpertSpec(
+        hidden=data.draw(size, "hidden"), intermediate=data.draw(size, "intermediate"), gated=data.draw(st.booleans()),
+        biased=data.draw(st.booleans()), activation=data.draw(st.sampled_from(activations)),
+    )  # fmt: skip
 
 
 def random_store(spec: ExpertSpec, format: str, experts: int, seed: int = 0) -> ExpertStore:

@@ -13,7 +13,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels.experts import Act, Activation, ExpertSpec
 from moebius.kernels.routes import build_routes
 
-from .moe_layers import expected, random_routes, random_store, size_of_bf16, size_of_sums
+from .moe_layers import draw_spec, expected, random_routes, random_store, size_of_bf16, size_of_sums
 
 FORMATS = [
     "fp8", "mxfp4", "e4m3-3x32-bf16", "e4m3-1x0-fp16", "e4m3-0x0-fp32", "e4m3-32x64-e8m0", "e2m1-1x128-fp32",
@@ -29,10 +29,7 @@ TOLERANCE = 2e-6  # of the magnitudes that are summed, in fp32
 def test_equals_float64(executors: dict[int, CpuExecutor], data: st.DataObject) -> None:
     """Bug: a scale or zero point of a neighbour; a tail of a row, a block of scales, a panel or a batch of pairs."""
     size = st.integers(1, 70) | st.sampled_from([96, 128, 129, 200, 258, 510, 513, 600])
-    spec = ExpertSpec(
-        hidden=data.draw(size, "hidden"), intermediate=data.draw(size, "intermediate"), gated=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()), activation=data.draw(st.sampled_from(ACTIVATIONS)),
-    )  # fmt: skip
+    spec = draw_spec(data, size, ACTIVATIONS)
     experts = data.draw(st.integers(1, 6), "experts")
     k, tokens = data.draw(st.integers(1, experts), "k"), data.draw(st.integers(0, 20) | st.just(90), "tokens")
     seed, format = data.draw(st.integers(0, 2**16), "seed"), data.draw(st.sampled_from(FORMATS))

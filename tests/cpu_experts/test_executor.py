@@ -15,7 +15,7 @@ from moebius.kernels import reference
 from moebius.kernels.experts import Act, Activation, ExpertSpec
 from moebius.kernels.routes import Routes, build_routes
 
-from .moe_layers import expected, random_routes, random_store, size_of_sums
+from .moe_layers import draw_spec, expected, random_routes, random_store, size_of_sums
 
 FORMATS = ["fp32", "bf16", "fp16"]
 ALL_FORMATS = [*FORMATS, "int8", "int4"]
@@ -43,10 +43,7 @@ def _run(executor: CpuExecutor, store, x, routes, out=None) -> torch.Tensor:  # 
 def test_equals_the_float64_reference(executors: dict[int, CpuExecutor], data: st.DataObject) -> None:
     """Bug: wrong tails of odd sizes, biases, ungated experts, partial groups of tokens, sums of duplicates."""
     size = st.integers(1, 70) | st.sampled_from([64, 96, 128, 129, 200])
-    spec = ExpertSpec(
-        hidden=data.draw(size, "hidden"), intermediate=data.draw(size, "intermediate"), gated=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()), activation=data.draw(st.sampled_from(ACTIVATIONS)),
-    )  # fmt: skip
+    spec = draw_spec(data, size, ACTIVATIONS)
     experts = data.draw(st.integers(1, 6), "experts")
     k, tokens = data.draw(st.integers(1, experts), "k"), data.draw(st.integers(0, 20) | st.just(90), "tokens")
     seed = data.draw(st.integers(0, 2**16), "seed")

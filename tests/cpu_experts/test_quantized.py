@@ -19,7 +19,7 @@ from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights, 
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 
-from .moe_layers import expected_quantized, random_routes, random_store, size_of_bf16
+from .moe_layers import draw_spec, expected_quantized, random_routes, random_store, size_of_bf16
 
 ACTIVATIONS = [
     Activation(),
@@ -48,10 +48,7 @@ def _before_a_guard_page(records: torch.Tensor) -> torch.Tensor:
 def test_equals_the_same_rounding_in_float64(executors: dict[int, CpuExecutor], data: st.DataObject) -> None:
     """Bug: a tail of a row, a group, a chunk of 16 groups, a tile or a batch of pairs that reads its neighbour."""
     size = st.integers(1, 70) | st.sampled_from([96, 128, 129, 200, 510, 513, 600])
-    spec = ExpertSpec(
-        hidden=data.draw(size, "hidden"), intermediate=data.draw(size, "intermediate"), gated=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()), activation=data.draw(st.sampled_from(ACTIVATIONS)),
-    )  # fmt: skip
+    spec = draw_spec(data, size, ACTIVATIONS)
     experts = data.draw(st.integers(1, 6), "experts")
     k, tokens = data.draw(st.integers(1, experts), "k"), data.draw(st.integers(0, 20) | st.just(90), "tokens")
     seed, format = data.draw(st.integers(0, 2**16), "seed"), data.draw(st.sampled_from(sorted(BITS)))

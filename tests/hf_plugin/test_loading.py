@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm._monitor import TMonitor
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 from transformers.core_model_loading import MergeModulelist
 from transformers.utils import logging
 
 import moebius
 from tests import zoo
 from tests.conftest import RunPython
+from tests.hf_plugin.peak_memory import LAYER_BYTES, LAYERS, WATCH, needs_linux, save_large
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,19 +204,11 @@ def test_bad_options_and_dense_models_are_refused(tmp_path: Path) -> None:
         moebius.MoebiusConfig(gpu_memroy="1GiB")
 
 
-PEAK = """
-import os, threading, time, torch, moebius
-from transformers import AutoModelForCausalLM
-import moebius.hf_plugin.checkpoints.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
-peak, running = 0, True
-def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-def watch():
-    global peak
-    while running:
-        peak = max(peak, anonymous()); time.sleep(0.002)
+PEAK = (
+    WATCH
+    + """
 before = anonymous()
-watcher = threading.Thread(target=watch); watcher.start()
+watcher.start()
 kind, folder = os.environ["KIND"], os.environ["FOLDER"]
 if kind == "streamed":
     model = moebius.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
@@ -226,28 +219,19 @@ else:
 running = False; watcher.join()
 print(peak - before)
 """
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' memory accounting")
+@needs_linux
 def test_peak_memory(tmp_path: Path, run_python: RunPython) -> None:
     """Loading must not hold experts twice; patching holds one layer's twice. 8 layers, 403 MB of experts."""
-    config = Qwen3MoeConfig(
-        hidden_size=512, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=256, intermediate_size=512,
-    )  # fmt: skip
-    experts = 8 * 32 * 3 * 512 * 512 * 2
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config).bfloat16()
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    model.save_pretrained(tmp_path)
-    del model
+    save_large(tmp_path)
+    experts = LAYERS * LAYER_BYTES
     peaks = {
         kind: int(run_python(PEAK, cwd=tmp_path, path=(ROOT,), KIND=kind, FOLDER=str(tmp_path)).stdout)
         for kind in ("streamed", "patched")
     }
-    layer, slack = experts // 8, 250 << 20  # imports and compiled kernels; a second copy of all experts is 403 MB
+    layer, slack = LAYER_BYTES, 250 << 20  # imports and compiled kernels; a second copy of all experts is 403 MB
     assert experts * 0.9 < peaks["streamed"] < experts + layer + slack, peaks
     assert experts * 0.9 < peaks["patched"] < experts + 2 * layer + slack, peaks

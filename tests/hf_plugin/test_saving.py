@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 import moebius
 from moebius.hf_plugin.checkpoints import saving
 from tests import zoo
 from tests.conftest import RunPython
 from tests.hf_plugin.helpers import patched
+from tests.hf_plugin.peak_memory import LAYER_BYTES, LAYERS, WATCH, needs_linux, save_large
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "nemotron_h", "diffusion_gemma")
@@ -125,42 +126,25 @@ def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
     assert list(load_file(tmp_path / "model.safetensors")) == ["lm_head.weight"]
 
 
-PEAK = """
-import os, threading, time, torch, moebius
-import moebius.hf_plugin.checkpoints.loading, transformers.models.qwen3_moe.modeling_qwen3_moe
-def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+PEAK = (
+    WATCH
+    + """
 model = moebius.from_pretrained(os.environ["FOLDER"], device="cpu", expert_format="int4")
-peak, running = 0, True
-def watch():
-    global peak
-    while running:
-        peak = max(peak, anonymous()); time.sleep(0.002)
 before = anonymous()
-watcher = threading.Thread(target=watch); watcher.start()
+watcher.start()
 model.save_pretrained(os.environ["FOLDER"] + "/saved", max_shard_size="100MB")
 running = False; watcher.join()
 print(peak - before)
 """
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' memory accounting")
+@needs_linux
 def test_peak_memory(tmp_path: Path, run_python: RunPython) -> None:
     """Saving holds one layer's experts, 50 MB of 403, while stock would hold them all."""
-    config = Qwen3MoeConfig(
-        hidden_size=512, moe_intermediate_size=512, num_experts=32, num_experts_per_tok=4, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=256, intermediate_size=512,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config).bfloat16()
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    model.save_pretrained(tmp_path)
-    del model
+    save_large(tmp_path)
     peak = int(run_python(PEAK, cwd=tmp_path, path=(ROOT,), FOLDER=str(tmp_path)).stdout)
-    layer = 32 * 3 * 512 * 512 * 2
     index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] > 8 * layer
-    assert peak < 3 * layer, peak
+    assert index["metadata"]["total_size"] > LAYERS * LAYER_BYTES
+    assert peak < 3 * LAYER_BYTES, peak

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "cpu_experts"))
-from moe_layers import expected, random_routes, random_store, sum_up
+from moe_layers import draw_spec, expected, random_routes, random_store, sum_up
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.kernels.experts import Act, Activation, ExpertSpec
@@ -167,10 +167,7 @@ def run(threads: int, store, x, routes, out):  # type: ignore[no-untyped-def]
 def test_equals_the_float64_reference(data: st.DataObject) -> None:
     """Bug: tails of rows and columns, more blocks than tiles, more columns than a panel, few pairs beside many."""
     size = st.integers(1, 70) | st.sampled_from([64, 129, 200, 513, 1100])
-    spec = ExpertSpec(
-        hidden=data.draw(size, "hidden"), intermediate=data.draw(size, "intermediate"), gated=data.draw(st.booleans()),
-        biased=data.draw(st.booleans()), activation=data.draw(st.sampled_from(ACTIVATIONS)),
-    )  # fmt: skip
+    spec = draw_spec(data, size, ACTIVATIONS)
     experts = data.draw(st.integers(1, 4), "experts")
     k, tokens = data.draw(st.integers(1, experts), "k"), data.draw(st.integers(8, 40) | st.just(90), "tokens")
     seed = data.draw(st.integers(0, 2**16), "seed")
