@@ -17,6 +17,7 @@ from unittest import SkipTest
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -68,6 +69,7 @@ class Entry:
         variant_of: The architecture this entry shows a second form of (text only or multimodal), or None.
         generates: Whether the model has ``generate``.
         stochastic: Whether a forward draws random numbers, so that equal outputs need equal seeds.
+        since: The transformers from which on this model is known to run, and to have packed experts.
     """
 
     config: str
@@ -77,6 +79,7 @@ class Entry:
     variant_of: str | None = None
     generates: bool = True
     stochastic: bool = False
+    since: str = "5.17"
 
 
 def _causal(prefix: str, **text: Any) -> Entry:
@@ -103,9 +106,12 @@ _SPARSE_SECOND = dict(mlp_layer_types=["dense", "sparse"])
 ENTRIES: dict[str, Entry] = {
     "afmoe": _causal("Afmoe"),
     "aria": Entry(
-        "AriaConfig", "AriaForConditionalGeneration", top=dict(vision_config=_vision("idefics3_vision", **_IMAGE))
+        "AriaConfig",
+        "AriaForConditionalGeneration",
+        top=dict(vision_config=_vision("idefics3_vision", **_IMAGE)),
+        since="5.23",
     ),
-    "aria_text": Entry("AriaTextConfig", "AriaTextForCausalLM", variant_of="aria"),
+    "aria_text": Entry("AriaTextConfig", "AriaTextForCausalLM", variant_of="aria", since="5.23"),
     "axk1": _causal("AXK1", **_MLA),
     "axk2": _causal("AXK2", **_MLA),
     "bailing_hybrid": _causal("BailingHybrid", num_hidden_layers=4, layer_group_size=2, **_MLA),
@@ -128,7 +134,7 @@ ENTRIES: dict[str, Entry] = {
         top=dict(canvas_length=16, vision_config=_vision("gemma4_vision", num_key_value_heads=4, head_dim=16)),
         stochastic=True,
     ),
-    "doge": _causal("Doge", is_moe=True, num_experts=16),
+    "doge": Entry("DogeConfig", "DogeForCausalLM", dict(is_moe=True, num_experts=16), since="5.23"),
     "dots1": _causal("Dots1"),
     "dots3_note": Entry("Dots3NoteTextConfig", "Dots3NoteForCausalLM", _MLA),
     "ernie4_5_moe": _causal("Ernie4_5_Moe"),
@@ -252,16 +258,17 @@ def _classes(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] 
     entry = ENTRIES[name]
     config = getattr(transformers, entry.config, None)
     model = getattr(transformers, entry.model, None)
-    return None if config is None or model is None else (config, model)
+    old = Version(transformers.__version__) < Version(entry.since)
+    return None if old or config is None or model is None else (config, model)
 
 
 def available() -> list[str]:
-    """Returns the names of the entries whose classes the installed transformers has."""
+    """Returns the names of the entries that the installed transformers has, and can run."""
     return [name for name in ENTRIES if _classes(name) is not None]
 
 
 def missing() -> list[str]:
-    """Returns the names of the entries that the installed transformers lacks."""
+    """Returns the names of the entries that the installed transformers lacks, or cannot run."""
     return [name for name in ENTRIES if _classes(name) is None]
 
 
