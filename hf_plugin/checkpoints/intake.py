@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,39 +16,58 @@ from transformers.utils import logging
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.hf_plugin.checkpoints.read_ahead import ReadAhead
+from moebius.hf_plugin.checkpoints.reading import Matrix, Reader, Shards, Stored, runs
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.kernels.packing import CodedMatrix
 
+READERS = 4  # threads at least: they wait for the disk, and for Python's lock between two reads
+
 
 class Intake:
-    """Takes the experts' weights of a model, one by one as they are read.
+    """Takes the experts' weights of a model, one by one as they come, or reads them itself.
 
     What goes wrong is raised by `finish`, since transformers would collect it and go on; weights are refused meanwhile.
 
     Args:
         helds: what holds each experts module's weights, by the module's name; tied modules have one name.
-        threads: that copy weights.
-        files: of the checkpoint, in their order; they are read ahead of the weights.
+        threads: that read and copy weights.
+        files: of the checkpoint, in their order; the kernel is asked for them ahead of what transformers reads.
+        verify: is called with each module that is complete, while others are being read.
     """
 
-    def __init__(self, helds: Mapping[str, HeldWeights], threads: int, files: Sequence[str]) -> None:
+    wants = True  # whether weights are taken, one by one
+    lead = 2 << 30  # bytes of modules that are being read before one of them is waited for: their memory is final
+
+    def __init__(
+        self,
+        helds: Mapping[str, HeldWeights],
+        threads: int,
+        files: Sequence[str],
+        verify: Callable[[HeldWeights], None],
+    ) -> None:
         self._helds, self._names = dict(helds), {id(held): name for name, held in helds.items()}
+        self._verify = verify
         self._error: Exception | None = None
         self._folder = Path(files[0]).parent if files else Path()
+        self._shards = Shards(files)
         self._undo = ExitStack()
-        self._pool = self._undo.enter_context(ThreadPoolExecutor(threads, "moebius-load"))
+        self._pool = ThreadPoolExecutor(max(threads, READERS), "moebius-load")
+        self._undo.callback(partial(self._pool.shutdown, cancel_futures=True))
+        self._reading: deque[tuple[HeldWeights, list[str], list[Future[None]]]] = deque()
         self._begun, self._nbytes = 0, sum(held.facts().nbytes for held in helds.values())
         self._bar = self._undo.enter_context(_progress(self._nbytes))
         self._ahead = self._undo.enter_context(closing(ReadAhead(files)))
 
-    wants = True  # whether weights are taken, one by one
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """What can be read, by name."""
+        return self._shards.tensors
 
     def take(self, held: HeldWeights, name: str, full_name: str, tensor: torch.Tensor) -> None:
         """Take one of a module's weights."""
 
-        def fill() -> bool:
-            if name not in held.absent:
-                raise ValueError(f"the checkpoint has {full_name} twice: under this name, and where it is tied to")
+        def fill() -> None:
+            self._check_absent(held, name)
             expected = held.placeholders[name].shape
             if tensor.shape != expected:
                 raise ValueError(
@@ -54,23 +75,35 @@ class Intake:
                     f"{tuple(expected)}: the checkpoint and its config.json do not belong together, or {self._folder} "
                     "is incomplete; download or copy it again"
                 )
+            self._begin(held)
             held.fill(name, tensor)
-            return True
+            self._done(held, [name])
 
-        self._taken(held, fill)
+        self._unless_failed(fill)
 
-    def take_stacked(self, held: HeldWeights, name: str, experts: Sequence[Sequence[torch.Tensor]]) -> bool:
-        """Take one of a module's weights as the tensors of single experts; False where that is not possible."""
-        return self._taken(held, lambda: held.fill_stacked(name, experts, self._each))
+    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Matrix]]) -> None:
+        """Begin to read some of a module's weights: by name, the matrices of all experts."""
+
+        def begin() -> None:
+            for name in weights:
+                self._check_absent(held, name)
+            matrices = [matrix for of_weight in weights.values() for matrix in of_weight]
+            records = held.store.records  # allocated here, and not by several threads
+            futures = [self._pool.submit(_fill, held, records, run) for run in runs(matrices)]
+            self._reading.append((held, list(weights), futures))
+            self._await(self.lead)
+
+        self._unless_failed(begin)
 
     def take_coded(self, held: HeldWeights, name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]) -> None:
         """Take one of a module's weights as each expert's coded matrices."""
 
-        def fill() -> bool:
+        def fill() -> None:
+            self._begin(held)
             held.fill_coded(name, matrices, self._each)
-            return True
+            self._done(held, [name])
 
-        self._taken(held, fill)
+        self._unless_failed(fill)
 
     def refuse(self, full_name: str, error: Exception) -> None:
         """Have `finish` raise that a weight cannot be put together."""
@@ -90,6 +123,8 @@ class Intake:
             ValueError: weights are missing.
         """
         with self._undo:
+            self._unless_failed(lambda: self._await(0))
+            self._unless_failed(self._shards.check)
             if self._error is not None:
                 raise self._error
             for name, held in self._helds.items():
@@ -100,22 +135,42 @@ class Intake:
                     )
             return self._finished()
 
-    def _taken(self, held: HeldWeights, fill: Callable[[], bool]) -> bool:
-        if self._error is not None:
-            return True
-        try:
-            before = len(held.absent)
-            if before == len(held.placeholders):  # a module's weights lie among each other: all of it is wanted now
-                self._begun += held.facts().nbytes
-                self._ahead.advance(self._ahead.nbytes * self._begun // self._nbytes)
-            if not fill():
-                return False
-            self._bar.update(held.facts().nbytes * (before - len(held.absent)) // len(held.placeholders))
-            if not held.absent:
-                self._complete(self._names[id(held)], held)
-        except Exception as error:  # noqa: BLE001 (raised by `finish`)
-            self._error = error
-        return True
+    def _unless_failed(self, function: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                function()
+            except Exception as error:  # noqa: BLE001 (raised by `finish`)
+                self._error = error
+
+    def _check_absent(self, held: HeldWeights, name: str) -> None:
+        reading = (names for other, names, _ in self._reading if other is held)
+        if name not in held.absent or any(name in names for names in reading):
+            raise ValueError(
+                f"the checkpoint has {name} of {self._names[id(held)]!r} twice: there, and under the name it is tied to"
+            )
+
+    def _begin(self, held: HeldWeights) -> None:
+        """A module's weights lie among each other: with the first, all of it is wanted."""
+        if len(held.absent) == len(held.placeholders):
+            self._begun += held.facts().nbytes
+            self._ahead.advance(self._ahead.nbytes * self._begun // self._nbytes)
+
+    def _await(self, left: int) -> None:
+        """Wait for modules that are being read, until only so many bytes are left."""
+        while sum(held.facts().nbytes for held, _, _ in self._reading) > left:
+            held, names, futures = self._reading[0]
+            for future in futures:
+                future.result()
+            self._reading.popleft()
+            self._done(held, names)
+
+    def _done(self, held: HeldWeights, names: Sequence[str]) -> None:
+        """Some of a module's weights are there."""
+        held.absent.difference_update(names)
+        self._bar.update(held.facts().nbytes * len(names) // len(held.placeholders))
+        if not held.absent:
+            self._verify(held)
+            self._complete(self._names[id(held)], held)
 
     def _each(self, function: Callable[[int], None], count: int) -> None:
         for _ in self._pool.map(function, range(count)):
@@ -136,15 +191,18 @@ class IntoFile(Intake):
         facts: what else it shall say, as what it is made from.
     """
 
+    lead = 0  # modules in memory beside the one that is read
+
     def __init__(
         self,
         helds: Mapping[str, HeldWeights],
         threads: int,
         files: Sequence[str],
+        verify: Callable[[HeldWeights], None],
         path: Path,
         facts: Mapping[str, str],
     ) -> None:
-        super().__init__(helds, threads, files)
+        super().__init__(helds, threads, files, verify)
         self._path = path
         self._writer = self._undo.enter_context(RecordWriter(path, file_layers(helds), facts))
 
@@ -161,6 +219,7 @@ class FromFile:
     """Stands for an `Intake` where a file has the records already, so that no weight is wanted."""
 
     wants = False
+    tensors: Mapping[str, Stored] = {}
 
     def __init__(self, helds: Mapping[str, HeldWeights], file: RecordFile) -> None:
         self._file = adopt(file, helds)
@@ -168,13 +227,18 @@ class FromFile:
     def take(self, held: HeldWeights, name: str, full_name: str, tensor: torch.Tensor) -> None:
         """Nothing is taken."""
 
-    def take_stacked(self, held: HeldWeights, name: str, experts: Sequence[Sequence[torch.Tensor]]) -> bool:
-        """Nothing is taken."""
-        return True
+    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Matrix]]) -> None:
+        """Nothing is read."""
 
     def finish(self) -> RecordFile:
         """The file that holds the weights."""
         return self._file
+
+
+def _fill(held: HeldWeights, records: torch.Tensor, run: Sequence[Matrix]) -> None:
+    with closing(Reader()) as reader:
+        for stored, part, expert in run:
+            held.fill_part(records[expert], part, partial(reader.read, stored))
 
 
 def file_layers(helds: Mapping[str, HeldWeights]) -> dict[str, LayerFacts]:

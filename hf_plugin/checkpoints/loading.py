@@ -1,15 +1,17 @@
 """Load a checkpoint straight into the patched state: experts stream from the shards into their stores.
 
-transformers calls a quantizer for every weight that it has read and converted, one at a time. Ours copies expert
-weights into the `ExpertStore` of their layer and returns nothing, so that they never become parameters: the peak is the
-stores plus one packed tensor. Everything else loads as usual. No trace of a quantizer remains on the model.
+transformers finds out which tensors make which weight, and hands weights to a quantizer one at a time. Ours puts
+those of experts into the `ExpertStore` of their layer and returns nothing, so that they never become parameters: the
+peak is the stores plus one packed tensor. Matrices that a file has as the records have them, single or packed, are read
+by threads of our own (`_ExpertWeight`); those transposed, interleaved or of another dtype come through transformers.
+Everything else loads as usual. No trace of a quantizer remains on the model.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from moebius.hf_plugin.checkpoints.codes import methods
 from moebius.hf_plugin.checkpoints.files import check_index, check_tensors
 from moebius.hf_plugin.checkpoints.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.checkpoints.quantized import QuantizedCheckpoint
+from moebius.hf_plugin.checkpoints.reading import Matrix
 from moebius.hf_plugin.discovery.gates import parent_of
 from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites, probe_ids, verify_once
 from moebius.hf_plugin.options import Options
@@ -110,7 +113,9 @@ class MoebiusQuantizer(HfQuantizer):
                 self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
             self._intake = self._open_intake(self._hold(model, file), files, file)
-        self._replaced: list[tuple[WeightConverter, list[ConversionOps]]] = []
+        self._verified = set[object]()
+        self._keys: dict[str, dict[str, list[str]]] = {}  # of plain weights: name -> pattern -> tensors
+        self._being_read: set[str] = set()
         self._folder, self._missing = Path(files[0]).parent if files else Path(), set[str]()
         self._used = expert_files.conversions(files) if file is not None else []
 
@@ -142,13 +147,13 @@ class MoebiusQuantizer(HfQuantizer):
         if file is not None:
             return FromFile(helds, expert_files.checked(file, layers))
         if config.into is not None:
-            return IntoFile(helds, threads, files, config.into, {})
+            return IntoFile(helds, threads, files, self._verify_complete, config.into, {})
         if budget is None:
-            return Intake(helds, threads, files)
+            return Intake(helds, threads, files, self._verify_complete)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))
-        return IntoFile(helds, threads, files, path, facts)
+        return IntoFile(helds, threads, files, self._verify_complete, path, facts)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self._held(model, param_name) is not None
@@ -160,14 +165,13 @@ class MoebiusQuantizer(HfQuantizer):
         # transformers 5.17 does not pass the model
         if self._checkpoint is not None:
             return self._checkpoint.conversions(weight_conversions, self._sites)
-        for conversion in weight_conversions:
-            if any("experts" in pattern for pattern in getattr(conversion, "source_patterns", ())):
-                conversion.force_cpu = True  # experts are put together in host memory, wherever the rest goes
-                if operations := getattr(conversion, "operations", None):
-                    self._replaced.append((conversion, operations))
-                    conversion.operations = [_Unstacked(self, operations)]
         self._conversions = super().update_weight_conversions(weight_conversions, *model, **more)
-        return self._conversions
+        known = {pattern for entry in self._conversions for pattern in getattr(entry, "source_patterns", ())}
+        packed = {name for site in self._sites for name in site.params.names if site.params.stacked(name)} - known
+        return [
+            _ExpertWeight(self, entry) if _of_experts(entry) else entry
+            for entry in [*self._conversions, *(WeightConverter(name, name, [_Packed()]) for name in sorted(packed))]
+        ]
 
     def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
         """Take one expert tensor out of the loading."""
@@ -175,10 +179,41 @@ class MoebiusQuantizer(HfQuantizer):
         assert held is not None, full_name
         self._intake.take(held, full_name.rpartition(".")[2], full_name, tensor)
 
-    def take_stacked(self, model: PreTrainedModel, full_name: str, experts: list[list[torch.Tensor]]) -> bool:
-        """Take the tensors of single experts that a weight is stacked from; False where this is not possible."""
+    def collect(self, full_name: str, patterns: Sequence[str], pattern: str, key: str) -> None:
+        """A weight does no more than stack tensors, of which this is one."""
+        self._keys.setdefault(full_name, {pattern: [] for pattern in patterns})[pattern].append(key)
+
+    def read(self, model: PreTrainedModel, full_name: str) -> bool:
+        """Read a weight of experts from its file, with all others of its module; False where that is not plain."""
         held = self._held(model, full_name)
-        return held is not None and self._intake.take_stacked(held, full_name.rpartition(".")[2], experts)
+        if held is None or not self._intake.wants or full_name in self._being_read:
+            return held is not None
+        path, weights = full_name.rpartition(".")[0], {}
+        for name in held.placeholders:
+            keys = self._keys.pop(f"{path}.{name}", {})
+            if matrices := self._stored(held, name, keys):
+                weights[name] = matrices
+                self._being_read.add(f"{path}.{name}")
+        if weights:
+            self._intake.read(held, weights)
+        return full_name in self._being_read
+
+    def _stored(self, held: HeldWeights, name: str, keys: Mapping[str, Sequence[str]]) -> list[Matrix]:
+        """The matrices of all experts in a weight; none where the files do not have them as records do."""
+        found = self._intake.tensors
+        tensors = [[found[key] for key in of_pattern if key in found] for of_pattern in keys.values()]
+        parts, shapes = held.stacked(name), held.layout.shapes()
+        if parts and len(tensors) == 1 and [t.shape for t in tensors[0]] == [held.placeholders[name].shape]:
+            pieces = tensors[0][0].split(shapes[parts[0]])
+            tensors = [pieces[number :: len(parts)] for number in range(len(parts))]
+        wanted = [[(held.dtype, shapes[part])] * held.num_experts for part in parts]
+        if [[(tensor.dtype, tensor.shape) for tensor in of_part] for of_part in tensors] != wanted:
+            return []
+        return [
+            Matrix(tensor, part, expert)
+            for part, of_part in zip(parts, tensors, strict=True)
+            for expert, tensor in enumerate(of_part)
+        ]
 
     def take_coded(
         self, model: PreTrainedModel, full_name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]
@@ -233,16 +268,15 @@ class MoebiusQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(wanted)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for conversion, operations in self._replaced:
-            conversion.operations = operations  # saving reverses them
+        mine: Any = model
         if self._checkpoint is not None:
-            used = model.__dict__["_weight_conversions"]
-            model.__dict__["_weight_conversions"] = self._checkpoint.for_saving(used)
+            mine._weight_conversions = self._checkpoint.for_saving(mine._weight_conversions)
             self._cast_renamed(model)
-        if self._used:
-            mine: Any = model
-            kept = [*mine._weight_conversions]
-            mine._weight_conversions = [c for c in self._conversions if c in kept or [*c.source_patterns] in self._used]
+        else:
+            used = [getattr(entry, "original", entry) for entry in mine._weight_conversions]
+            mine._weight_conversions = [
+                entry for entry in self._conversions if entry in used or [*entry.source_patterns] in self._used
+            ]
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -251,15 +285,34 @@ class MoebiusQuantizer(HfQuantizer):
         self._check_complete(model)
         if self.quantization_config.into is not None:
             return
-        layers, verified = [], set[object]()
+        layers = []
         for index, site in enumerate(self._sites):
             held = self._held_by_owner[site.owner]
             held.lossless = held.layout.format == site.coded or FLOATS.get(held.layout.format) == held.dtype
-            _verify(site, held, verified)
+            self._verify(site, held)
             layers.append(PatchedLayer(index, site, parent_of(model, site.name), held))
         for layer in layers:
             layer.install()
         start(model, layers, self.quantization_config.options, file)
+
+    def _verify_complete(self, held: HeldWeights) -> None:
+        """While others are being read; what needs more weights than the experts' waits until all are there."""
+        for site in self._sites:
+            tensors = (*site.module.named_parameters(), *site.module.named_buffers())
+            others = [tensor for name, tensor in tensors if name.rpartition(".")[2] not in held.placeholders]
+            if self._held_by_owner[site.owner] is held and not any(tensor.is_meta for tensor in others):
+                self._verify(site, held)
+
+    def _verify(self, site: ExpertsSite, held: HeldWeights) -> None:
+        """Lend a module weights for the probe of `verify_once`, one of each kind, of the experts in the probe."""
+        if site.kind not in self._verified:
+            originals = dict(site.owner._parameters)
+            for name, tensor in held.tensors(probe_ids(held.num_experts).unique().tolist()).items():
+                site.owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            try:
+                verify_once(site, self._verified)
+            finally:
+                site.owner._parameters.update(originals)
 
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Refuse weights that transformers has filled at random, with a warning, since no file has them."""
@@ -278,8 +331,45 @@ class MoebiusQuantizer(HfQuantizer):
             )
 
 
-class _Unstacked(ConversionOps):
-    """Stands for the operations that put a weight together; leaves out those that only stack single experts."""
+class _ExpertWeight(WeightConverter):
+    """Stands for the conversion that makes a weight of experts; where it only stacks tensors, they are read instead."""
+
+    __slots__ = ("original", "quantizer")
+
+    def __init__(self, quantizer: MoebiusQuantizer, original: WeightConverter) -> None:
+        sources, targets = list(original._original_source_patterns), list(original._original_target_patterns)
+        super().__init__(sources, targets, original.operations, force_cpu=True)  # experts stay in host memory
+        for name in ("scope_prefix", "base_model_prefix"):  # transformers 5.17 lacks some
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+        self.operations = [_Guarded(quantizer, original.operations)]
+        self.quantizer, self.original = quantizer, original
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        if _stacks(self.original.operations):
+            self.quantizer.collect(target_key, self.source_patterns, source_pattern, source_key)
+        super().add_tensor(target_key, source_key, source_pattern, future)
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
+        if self.quantizer.read(model, layer_name):
+            self.quantizer.settle(model, layer_name, loading_info.missing_keys)
+            return {}
+        return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ExpertWeight:
+        """transformers copies conversions for every tensor."""
+        return _ExpertWeight(self.quantizer, self.original)
+
+
+class _Guarded(ConversionOps):
+    """Stands for the operations that put a weight of experts together; has the load fail where they do."""
 
     def __init__(self, quantizer: MoebiusQuantizer, operations: list[ConversionOps]) -> None:
         self._quantizer, self._operations = quantizer, operations
@@ -287,33 +377,35 @@ class _Unstacked(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        model, name = kwargs["model"], kwargs["full_layer_name"]
-        if self._quantizer.has(model, name):
-            return {_TAKEN: []}
-        experts = [tensors for pattern in source_patterns if isinstance(tensors := input_dict.get(pattern), list)]
-        stacked = len(experts) == len(source_patterns) and _stacks(self._operations)
-        if stacked and self._quantizer.take_stacked(model, name, experts):
-            return {_TAKEN: []}
         try:
             for operation in self._operations:
                 input_dict = operation.convert(input_dict, source_patterns, target_patterns, **kwargs)
         except (RuntimeError, ValueError, KeyError) as error:
-            self._quantizer.refuse(name, error)
+            self._quantizer.refuse(kwargs["full_layer_name"], error)
             return {_TAKEN: []}
         return input_dict
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Unstacked:
-        """Itself: transformers copies conversions for every weight."""
-        return self
+
+class _Packed(ConversionOps):
+    """Leaves a weight as it is, which a file has packed as the module has."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
 
 
 _TAKEN = "\0"  # stands in the result of a conversion for a weight that has been taken; part of no name
 
 
+def _of_experts(entry: Any) -> bool:
+    if not isinstance(entry, WeightConverter):
+        return False
+    return any("experts" in pattern for pattern in entry.source_patterns) or isinstance(entry.operations[0], _Packed)
+
+
 def _stacks(operations: list[ConversionOps]) -> bool:
     """Whether operations do no more than stack experts, and concatenate the stacks of their matrices."""
     match operations:
-        case [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
+        case [_Packed()] | [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
             return True
     return False
 
@@ -347,18 +439,6 @@ def _format(site: ExpertsSite, options: Options, name: str, file: RecordFile | N
             f"convert the original checkpoint again (moebius convert SRC DST --format {options.expert_format})"
         )
     return found
-
-
-def _verify(site: ExpertsSite, held: HeldWeights, verified: set[object]) -> None:
-    """Lend the module weights for the probe of `verify_once`, one layer of each kind, of the experts in the probe."""
-    if not verified or site.kind not in verified:
-        originals = dict(site.owner._parameters)
-        for name, tensor in held.tensors(probe_ids(held.num_experts).unique().tolist()).items():
-            site.owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        try:
-            verify_once(site, verified)
-        finally:
-            site.owner._parameters.update(originals)
 
 
 def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:

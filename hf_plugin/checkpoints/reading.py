@@ -1,0 +1,137 @@
+"""Tensors of a checkpoint's files, read straight to where they belong.
+
+A read waits in the kernel, without Python's lock, which safetensors' slices hold while they copy out of a mapping; and
+what a file has lost meanwhile is an error here, where a mapping would end the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import FileIO
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+RUN = 64 << 20  # bytes that one thread reads in order: enough for the kernel to read ahead of it
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_REMEDY = "leave the files alone while they are loaded, and load again, or download or copy the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file, or a part of one that lies in one piece.
+
+    Args:
+        file: its path.
+        offset: bytes from the file's start.
+    """
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def split(self, shape: tuple[int, ...]) -> list[Stored]:
+        """The tensors of a shape that follow each other in this one."""
+        nbytes = prod(shape) * self.dtype.itemsize
+        count = prod(self.shape) // prod(shape)
+        return [replace(self, offset=self.offset + number * nbytes, shape=shape) for number in range(count)]
+
+
+class Reader:
+    """Reads tensors one after the other, on one thread.
+
+    It keeps the file open from one to the next, so that the kernel sees that it is read in order, and reads ahead.
+    """
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+
+    def read(self, stored: Stored, into: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the same dtype and shape, in host memory.
+
+        Raises:
+            ValueError: the file ends too early.
+            OSError: it cannot be read.
+        """
+        if self._file is None or self._file.name != stored.file:
+            self.close()
+            self._file = FileIO(stored.file)
+        self._file.seek(stored.offset)
+        rest = into.view(-1).view(torch.uint8).numpy().data
+        while rest:
+            if not (count := self._file.readinto(rest)):
+                raise ValueError(f"{stored.file} ends before its tensors do: {_REMEDY}")
+            rest = rest[count:]
+
+    def close(self) -> None:
+        """Close the file that was read last."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Matrix(NamedTuple):
+    """A matrix of an expert in a file, and where it belongs."""
+
+    stored: Stored
+    part: str
+    expert: int
+
+
+def runs(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
+    """All matrices in the order of their files, in runs of about `RUN` bytes."""
+    run, nbytes = list[Matrix](), 0
+    for matrix in sorted(matrices, key=lambda matrix: (matrix.stored.file, matrix.stored.offset)):
+        run.append(matrix)
+        nbytes += matrix.stored.nbytes
+        if nbytes >= RUN:
+            yield run
+            run, nbytes = [], 0
+    if run:
+        yield run
+
+
+class Shards:
+    """The floating-point tensors of a checkpoint's files, by name, from headers that safetensors has checked."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._seen = {file: _identity(file) for file in files}
+        self.tensors = {name: tensor for file in files for name, tensor in _tensors(file).items()}
+
+    def check(self) -> None:
+        """Compare the files with what they were.
+
+        Raises:
+            ValueError: one has been written or replaced, so that what was read may be of neither.
+        """
+        for file, seen in self._seen.items():
+            if not os.path.exists(file) or _identity(file) != seen:
+                raise ValueError(f"{file} has changed while it was loaded: {_REMEDY}")
+
+
+def _identity(file: str) -> tuple[int, ...]:
+    facts = os.stat(file)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _tensors(file: str) -> dict[str, Stored]:
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(length, os.fstat(opened.fileno()).st_size)))
+        return {
+            name: Stored(file, 8 + length + facts["data_offsets"][0], _DTYPES[facts["dtype"]], tuple(facts["shape"]))
+            for name, facts in header.items()
+            if facts.get("dtype") in _DTYPES
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another file than has been checked
+        raise ValueError(f"{file} has changed while it was loaded ({error}): {_REMEDY}") from error
