@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 VARIANTS = ("read", "stock", "native", "int8", "int4", "converted", "disk")
 LAYERS, EXPERTS, HIDDEN = 8, 32, 1024
 _BLOCK = 16 << 20  # bytes of one read
@@ -91,6 +93,7 @@ def claim_memory(nbytes: int) -> None:
     Without it a load measures the host, since each variant finds another share of free memory that is really there.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        nbytes = min(nbytes, psutil.virtual_memory().available * 3 // 4)
         with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
             pages.madvise(mmap.MADV_HUGEPAGE)
             for start in range(0, nbytes, mmap.PAGESIZE):
@@ -122,7 +125,7 @@ def load(variant: str, folder: Path) -> dict[str, float]:
         options["expert_format"] = variant
     if variant == "disk":
         options["cpu_memory"] = 0.5
-    claim_memory(_size(folder) * 5 // 4)
+    claim_memory(_size(folder) * 9 // 4)  # for the files in the page cache, and for the experts
     peak = _Peak()
     begun = time.perf_counter()
     if variant == "stock":
