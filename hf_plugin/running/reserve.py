@@ -47,7 +47,8 @@ def reserve_for(config: Any, itemsize: int) -> Reserve:
     """The reserve that a model's configuration asks for.
 
     A layer keeps ``2 * kv_heads * head_dim`` values for each token, or ``kv_lora_rank + qk_rope_head_dim`` where
-    attention is latent; within its window only where it slides, and none where it is linear.
+    attention is latent, and a key of the indexer where that is sparse; within its window only where it slides, and none
+    where it is linear.
 
     Args:
         config: of transformers; the reserve is `UNKNOWN_BYTES` for anything else.
@@ -61,7 +62,10 @@ def reserve_for(config: Any, itemsize: int) -> Reserve:
     same = "sliding" if _number(text, "sliding_window") else "full"  # as transformers' caches take it
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [same] * count
     each = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
-    kept = sum(_kept(each[i], kind, tokens) * _width(each[i], hidden, kind) for i, kind in enumerate(kinds[:count]))
+    kept = sum(
+        _kept(each[i], kind, tokens) * (_width(each[i], hidden, kind) + _index_width(each[i], i))
+        for i, kind in enumerate(kinds[:count])
+    )
     return Reserve(tokens, kept * itemsize, min(tokens, PROMPT_TOKENS) * _activations(text, hidden, itemsize))
 
 
@@ -87,6 +91,16 @@ def _width(config: Any, hidden: int, kind: str) -> int:
         keys = max(keys, _number(config, "num_global_key_value_heads"))
         width = max(width, _number(config, "global_head_dim"))
     return 2 * keys * width
+
+
+def _index_width(config: Any, layer: int) -> int:
+    """Values of the key by which sparse attention (DSA) finds each token; layers that share another's choice have none.
+
+    Where attention is compressed as well there is one key for several tokens, which is not counted.
+    """
+    kinds = getattr(config, "indexer_types", None)
+    shared = kinds is not None and kinds[layer] == "shared"
+    return 0 if shared or not _number(config, "kv_lora_rank") else _number(config, "index_head_dim")
 
 
 def _activations(config: Any, hidden: int, itemsize: int) -> int:

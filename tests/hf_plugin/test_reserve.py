@@ -25,7 +25,8 @@ WITHOUT_CACHE = {"openai_privacy_filter", "switch_transformers"}
 def _kept(cache: Any) -> Iterator[Tensor]:
     cache = getattr(cache, "self_attention_cache", cache)
     for layer in cache.layers:
-        yield from (t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor))
+        found = (getattr(layer, name, None) for name in ("keys", "values", "indexer_keys"))
+        yield from (tensor for tensor in found if isinstance(tensor, Tensor))
 
 
 @pytest.mark.slow
@@ -50,6 +51,16 @@ def test_a_large_model() -> None:
     assert found.tokens == 16384
     assert found.kv_bytes == 48 * 2 * 4 * 128 * 2 * 16384
     assert 0.2e9 < found.activation_bytes < 1.5e9
+
+
+def test_the_keys_of_an_indexer() -> None:
+    """Catches a reserve of 16384 tokens that lacks a fifth of what DeepSeek's sparse attention keeps."""
+    from transformers import GlmMoeDsaConfig
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    some = GlmMoeDsaConfig(**sizes, index_head_dim=128, indexer_types=["full", "shared", "full", "shared"])
+    every = GlmMoeDsaConfig(**sizes, index_head_dim=128, indexer_types=["full"] * 4)
+    assert reserve_for(every, 2).kv_bytes - reserve_for(some, 2).kv_bytes == 2 * 128 * 2 * reserve_for(some, 2).tokens
 
 
 def test_a_short_context_needs_little() -> None:
