@@ -22,7 +22,7 @@ from moebius.hf_plugin.running.timeline import LAYERS, Slice, write_trace
 from moebius.hf_plugin.tools.generation import generate_greedily
 from moebius.hf_plugin.tools.overlap import Overlap, traced
 from moebius.kernels import packing
-from moebius.predictors.costs import CostModel
+from moebius.predictors.costs import Assignment, CostModel
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Report
@@ -112,11 +112,11 @@ def random_routing(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.full(ids.shape, 1 / k, np.float32)
 
 
-class FetchAll(CostModel):
-    """Every miss is fetched, none is computed on the CPU."""
-
-    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
-        return np.ones(len(tokens), bool)
+def _fetch_all(_costs: CostModel, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
+    """Stands for `CostModel.assign`: every miss is fetched, none is computed on the CPU."""
+    tokens, there = np.diff(offsets).astype(np.int64), slots >= 0
+    hits = int(np.count_nonzero(there))
+    return Assignment(np.ones(len(slots), bool), tokens, hits, len(slots) - hits, int(tokens[there].sum()))
 
 
 def measure_model(report: Report, format: str, trace: str | None, dry: bool) -> None:
@@ -134,7 +134,7 @@ def measure_model(report: Report, format: str, trace: str | None, dry: bool) -> 
                 moebius.resize(run.model, gpu_memory=budget)
                 run.row("moebius", format, budget, expected)
                 if budget < 1:
-                    with fetching(run.model):
+                    with replaced.object(CostModel, "assign", _fetch_all):
                         run.row("fetch only", format, budget)
             with on_cpu(run.model):
                 run.row("cpu", format, 0.0, expected)
@@ -198,18 +198,6 @@ def _quantized_once() -> Any:
         return known[key]
 
     return once
-
-
-@contextmanager
-def fetching(model: PreTrainedModel) -> Iterator[None]:
-    """Every miss crosses the link and is computed on the device."""
-    [runtime] = runtimes(model)
-    tier = runtime.tiers[0]
-    former, tier.costs = tier.costs, FetchAll(tier.costs.cpu, tier.costs.gpu, tier.costs.upload_us)
-    try:
-        yield
-    finally:
-        tier.costs = former
 
 
 @contextmanager

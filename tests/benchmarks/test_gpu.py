@@ -32,6 +32,8 @@ def test_dry_run_measures_every_part(tmp_path):
     budgets = {("moebius", format, budget) for format in ("bf16", "int4") for budget in (0.125, 0.25, 0.5, 0.75, 1.0)}
     budgets |= {("fetch only", format, budget) for _, format, budget in budgets if budget < 1}
     assert budgets | {("cpu", "bf16", 0.0), ("cpu", "int4", 0.0), ("stock", "bf16", 1.0)} == models
+    fetched = [row["per_step"] for row in data["rows"] if row.get("variant") == "fetch only"]
+    assert all(step["cpu_ms"] == 0 and step["link_ms"] > 0 for step in fetched), "computed misses on the CPU"
     errors = [row["logits_error"] for row in data["rows"] if "logits_error" in row]
     assert len(errors) == 6
     assert max(errors) < 0.02, "timed a model that computes something else"

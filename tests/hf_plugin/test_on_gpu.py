@@ -6,7 +6,6 @@ import gc
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moebius
 from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.driver import Driver
-from moebius.hf_plugin.patching import runtimes
 from moebius.hf_plugin.running import runtime
 from moebius.hf_plugin.running.runtime import ModelRuntime
 from moebius.predictors.costs import CostModel
@@ -43,13 +41,6 @@ def test_results(budget: float) -> None:
         assert stats.caches[0].device == f"cuda:{torch.cuda.current_device()}"
         assert not any("not pinned" in note for note in stats.notes)
     assert_close(logits(model, ids), want)
-
-
-class _HitsThere(CostModel):
-    """Residents are the device's, all others the CPU's."""
-
-    def split(self, tokens: np.ndarray, resident: np.ndarray) -> np.ndarray:
-        return resident.copy()
 
 
 def test_the_processors_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +73,9 @@ def test_the_processors_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -
     model, ids = on_gpu(helpers.trained())
     want = greedy(model, ids[:1])
     with patched(model, device="cuda", gpu_memory=0.5):
-        [shared] = runtimes(model)
-        costs = shared.tiers[0].costs
-        shared.tiers[0].costs = _HitsThere(costs.cpu, costs.gpu, costs.upload_us)
+        monkeypatch.setattr(
+            CostModel, "assign", lambda self, offsets, slots: helpers.assignment(offsets, slots, slots >= 0)
+        )
         assert greedy(model, ids[:1]) == want
         monkeypatch.setattr(AcceleratorDevice, "compute", slow)
         monkeypatch.setattr(ModelRuntime, "on_cpu", watched)
