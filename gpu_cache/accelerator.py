@@ -184,10 +184,12 @@ class AcceleratorDevice(Device):
     def unpin(self, host: torch.Tensor) -> None:
         if self._registered.pop(host.untyped_storage().data_ptr(), None) is None:
             return  # given back already
-        self._driver.synchronize()  # no copy may be reading it
-        if (refusal := self._driver.unregister(host)) is not None:
-            logger.warning("host memory of experts stays pinned (%s)", refusal)
-        self._pinned.discard(host.untyped_storage().data_ptr())
+        try:
+            self._driver.synchronize()  # no copy may be reading it
+        finally:
+            if (refusal := self._driver.unregister(host)) is not None:
+                logger.warning("host memory of experts stays pinned (%s)", refusal)
+            self._pinned.discard(host.untyped_storage().data_ptr())
 
     def step_buffers(self, nbytes: int) -> StepBuffers:
         return StepBuffers(self._driver, nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import torch
 
 if TYPE_CHECKING:
     from moebius.gpu_cache.step_buffers import StepBuffers
+
+_EXHAUSTED = re.compile("error.*out.of.(device.)?memory|_ALLOC_FAILED", re.IGNORECASE)
 
 
 class Completion(ABC):
@@ -177,6 +180,18 @@ def _find(name: str) -> torch.device:
     if not _has_streams(found):
         raise RuntimeError(f"{name!r} has no streams in torch, so copies would block the computation; {remedy}")
     return torch.device(device.type, index)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left, whoever says so.
+
+    torch's allocator has an error of its own. Triton, which loads a kernel when it is first launched, raises
+    ``RuntimeError("Triton Error [CUDA]: out of memory")``, torch's calls of the driver ``"CUDA error: out of memory"``,
+    and libraries ``"CUBLAS_STATUS_ALLOC_FAILED when calling ..."``.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)) is not None
+    )
 
 
 def default_device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -110,6 +111,7 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         ValueError: the model is not patched.
+        RuntimeError: a device failed, as after an illegal memory access; the experts are back all the same.
     """
     layers = _patched_layers(model)
     if not layers:
@@ -119,7 +121,14 @@ def unpatch(model: Model) -> Model:
             f"the experts of {lossy[0]!r} were loaded straight into a format that does not hold their original values; "
             "load the checkpoint again for the unpatched model"
         )
-    _give_back(model, layers)
+    try:
+        _give_back(model, layers)
+    except RuntimeError as error:
+        error.add_note(
+            "moebius: a device failed while memory was given back; the model is unpatched and has its experts, in host "
+            "memory where their own device failed, but what else of it was on that device may be lost"
+        )
+        raise
     return model
 
 
@@ -241,21 +250,24 @@ def _to_device(model: nn.Module, runtime: ModelRuntime) -> None:
 
 
 def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
-    moved = False
-    for layer in reversed(layers):
-        layer.remove()
-        runtime = layer.__dict__.get("runtime")
-        if runtime is not None:
-            moved |= runtime.moved
-            runtime.release(layer)
-    offload.send_back(model)
-    if moved:
-        model.to("cpu")
-    for module in model.modules():
-        memory_guard.remove(module)
-        saving.remove(module)
-        if module.__dict__.get(_COMPILES) is _never:
-            del module.__dict__[_COMPILES]
+    """Undo what `patch` did, from the last layer on; each step is taken, whatever the others raise."""
+    with ExitStack() as steps:  # from the last to the first
+        for module in model.modules():
+            steps.callback(_restore_methods, module)
+        if any("runtime" in layer.__dict__ and layer.runtime.moved for layer in layers):
+            steps.callback(model.to, "cpu")
+        steps.callback(offload.send_back, model)
+        for layer in layers:
+            if "runtime" in layer.__dict__:
+                steps.callback(layer.runtime.release, layer)
+            steps.callback(layer.remove)
+
+
+def _restore_methods(module: nn.Module) -> None:
+    memory_guard.remove(module)
+    saving.remove(module)
+    if module.__dict__.get(_COMPILES) is _never:
+        del module.__dict__[_COMPILES]
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

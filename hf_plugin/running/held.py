@@ -119,8 +119,18 @@ class HeldWeights:
             parameter.data = torch.empty(0, dtype=self.dtype, device=parameter.device)
 
     def restore(self) -> None:
-        """Give the module's own parameters their values back, where they were."""
-        restored = self._kept if self._kept is not None else self._unpack(self._devices)
+        """Give the module's own parameters their values back, where they were.
+
+        Raises:
+            RuntimeError: their device fails, or has no room; they have their values back in host memory.
+        """
+        try:
+            self._give_back(self._kept if self._kept is not None else self._unpack(self._devices))
+        except RuntimeError:
+            self._give_back(self.tensors())
+            raise
+
+    def _give_back(self, restored: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data = restored[name]
             parameter.requires_grad_(self.placeholders[name].requires_grad)

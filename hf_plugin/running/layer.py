@@ -80,15 +80,17 @@ class PatchedLayer:
     def remove(self) -> None:
         """Give the module its weights and its own methods back."""
         module, owner = self._module(), self._owner()
-        self.held.restore()
-        owner._parameters.update(self.held.parameters)
-        for name in _STATE_METHODS:
-            owner.__dict__.pop(name, None)  # installing may have been interrupted
-        module.__dict__.pop(ATTRIBUTE, None)
-        if self._former_forward is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = self._former_forward
+        try:
+            self.held.restore()
+        finally:
+            owner._parameters.update(self.held.parameters)
+            for name in _STATE_METHODS:
+                owner.__dict__.pop(name, None)  # installing may have been interrupted
+            module.__dict__.pop(ATTRIBUTE, None)
+            if self._former_forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = self._former_forward
 
     def _module(self) -> nn.Module:
         return _alive(self._module_ref)

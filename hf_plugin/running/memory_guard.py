@@ -5,8 +5,9 @@ time is right only if it finds the KV cache as the first time, so that `KvState`
 Where it cannot tell how (a static cache, the state of linear attention, a cache of the caller's own class), the error
 goes to the caller, and the next call finds the memory.
 
-What counts is `torch.OutOfMemoryError`, from any forward of the model. Not seen are allocations between two forwards,
-those of other models, and memory that libraries ask the driver for past torch's allocator.
+What counts is an error for which `out_of_memory` is true, from any forward of the model: that of torch's allocator, and
+those of Triton and of libraries, which ask the driver for memory past it. Not seen are allocations between two forwards
+and those of other models.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from weakref import ref
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from moebius.gpu_cache.device import out_of_memory
 
 if TYPE_CHECKING:
     from moebius.hf_plugin.running.runtime import ModelRuntime
@@ -51,8 +54,8 @@ class GuardedForward:
         while True:
             try:
                 return self._forward(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
-                if not self._runtime.shrink():
+            except RuntimeError as error:
+                if not out_of_memory(error) or not self._runtime.shrink():
                     raise
                 if not state.known:
                     error.add_note(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.gpu_cache.device import default_device
+from moebius.gpu_cache.device import default_device, out_of_memory
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.profile import Profile, read_profile
 from moebius.hf_plugin.running import expert_files
@@ -122,16 +123,17 @@ class ModelRuntime:
 
     def close(self) -> None:
         """Give back slots, threads and pinned memory. Idempotent."""
-        with self.lock:
-            self._close_tiers()
+        with self.lock, ExitStack() as steps:  # all are taken, whatever a device raises
+            steps.callback(self.executor.close)
             if self.host is not None:
-                self.host.close()
-            self.executor.close()
+                steps.callback(self.host.close)
+            self._close_tiers()
 
     def _close_tiers(self) -> None:
         tiers, self.tiers = self.tiers, {}
-        for tier in distinct(tiers):
-            tier.cache.close()
+        with ExitStack() as steps:
+            for tier in distinct(tiers):
+                steps.callback(tier.cache.close)
 
     def release(self, layer: PatchedLayer) -> None:
         """A layer was unpatched; after the last one everything is given back."""
@@ -188,7 +190,7 @@ class ModelRuntime:
     def _run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._stale:
             self.open()
-        return run_layer(self, layer, x.detach(), ids, weights)
+        return run_layer(self, layer, x.detach() if x.requires_grad else x, ids, weights)
 
     def resize(self, gpu_memory: int | float | str) -> None:
         """Change the cache's budget; the cache starts empty."""
@@ -200,7 +202,7 @@ class ModelRuntime:
                 self._resize()
             except BaseException as error:
                 self.options = former
-                if isinstance(error, torch.OutOfMemoryError):
+                if out_of_memory(error):
                     self._forget_tiers()
                 raise
 
@@ -227,8 +229,10 @@ class ModelRuntime:
             tiers = sorted(distinct(self.tiers), key=lambda tier: tier.cache.free_memory())
             try:
                 return any(shrink(tier) for tier in tiers)
-            except torch.OutOfMemoryError:  # not even for the least
-                self._forget_tiers()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self._forget_tiers()  # no room even for the least
                 return False
 
     def profile_now(self) -> Profile:
@@ -322,7 +326,7 @@ class ModelRuntime:
             ran = tier.launches.popleft()
             took_us = ran.completion.elapsed_us()
             self.counters[ran.layer].gpu_ms += took_us / 1e3
-            tier.observe_launch(ran.tokens, took_us)
+            tier.observe_launch(ran.tokens[ran.slots >= 0], took_us)
 
 
 _runtimes: WeakSet[ModelRuntime] = WeakSet()

@@ -12,7 +12,7 @@ import torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
-from moebius.gpu_cache.device import full_name, open_device
+from moebius.gpu_cache.device import full_name, open_device, out_of_memory
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.running.calibration import calibrate
 from moebius.hf_plugin.running.dispatcher import Tier
@@ -142,13 +142,13 @@ def fitting(name: str, size: int, least: int, attempt: Callable[[int], Opened]) 
     """The result of ``attempt(size)``, with a quarter less each time that the device `name` runs out of memory.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for `least` bytes either.
+        RuntimeError: there is no room for `least` bytes either; the last error, for which `out_of_memory` is true.
     """
     while True:
         try:
             return attempt(size)
-        except torch.OutOfMemoryError:
-            if size <= least:
+        except RuntimeError as error:
+            if size <= least or not out_of_memory(error):
                 raise
         size = max(least, size - size // 4)
         logger.warning("%s is out of memory: the expert cache shrinks to %.2f GiB", name, size / 2**30)

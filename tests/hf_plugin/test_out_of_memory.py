@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
+from moebius.gpu_cache import executor
 from moebius.gpu_cache.emulated import EmulatedDevice
 from moebius.hf_plugin.running.memory_guard import KvState
 from tests import zoo
@@ -133,11 +135,54 @@ def test_an_error_of_the_device_itself() -> None:
     ids = prompt(model)
     want = greedy(model, ids)
     with patched(model, device="emulated", gpu_memory=0.5):
-        import moebius.gpu_cache.executor as executor
-
         with failing(executor, "moe_forward", lambda number: number in (2, 30)):
             assert greedy(model, ids) == want
         assert moebius.stats(model).slots == 54
+
+
+SAYINGS = {
+    "Triton Error [CUDA]: out of memory": True,
+    "Triton Error [HIP]:  Code: 2, Messsage: out of memory": True,
+    "CUDA error: out of memory": True,
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": True,
+    "CUDA error: an illegal memory access was encountered": False,
+    "the cache is out of memory slots": False,
+}
+
+
+@pytest.mark.parametrize(("said", "counts"), SAYINGS.items())
+def test_who_else_runs_out_of_memory(said: str, counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the driver's own error, which Triton passes on where a kernel finds no room, and others taken for it."""
+    model = helpers.trained()
+    ids = prompt(model)
+    want, real, calls = greedy(model, ids), executor.moe_forward, iter(range(1, 10**6))
+
+    def launch(*arguments: Any) -> Any:
+        if next(calls) in (2, 30):
+            raise RuntimeError(said)
+        return real(*arguments)
+
+    with patched(model, device="emulated", gpu_memory=0.5):
+        monkeypatch.setattr(executor, "moe_forward", launch)
+        with nullcontext() if counts else pytest.raises(RuntimeError, match=re.escape(said)):
+            assert greedy(model, ids) == want
+        assert moebius.stats(model).slots == (54 if counts else 96)
+        monkeypatch.undo()
+        assert greedy(model, ids) == want
+
+
+def test_a_kernel_that_finds_no_room_while_patching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cache that takes the memory for the kernels' code, when they are first launched."""
+    model, real, calls = helpers.trained(), executor.moe_forward, iter(range(1, 10**6))
+
+    def launch(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(executor, "moe_forward", launch)
+    with patched(model, device="emulated", gpu_memory=1.0):
+        assert moebius.stats(model).slots == 144, "192 slots, and a quarter less"
 
 
 @pytest.mark.parametrize("first", range(4))
