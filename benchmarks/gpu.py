@@ -200,13 +200,14 @@ class Layer:
         from moebius.kernels.triton.config import DecodeTile
         from moebius.kernels.triton.decode import decode
         from moebius.kernels.triton.prefill import prefill
-        from moebius.kernels.triton.tables import pair_table, tile_table
+        from moebius.kernels.triton.tables import pair_table, sender, tile_table
 
-        table = pair_table(routes, slots, len(x), self.device)
+        send = sender(self.device)
+        table = pair_table(routes, slots, len(x), send)
         tile = tile or tile_for(self.spec, self.layout, len(x), self.device)
         if isinstance(tile, DecodeTile):
             return lambda: decode(self.spec, self.layout, self.pool, x, table, tile)
-        tiles = tile_table(routes, slots, tile.pairs, self.device)
+        tiles = tile_table(routes, slots, tile.pairs, send)
         return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles, tile)
 
     def error(self, tokens: int) -> float:

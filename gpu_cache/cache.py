@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Device, Launch
 from moebius.gpu_cache.event_log import EventLog
-from moebius.gpu_cache.executor import make_executor
+from moebius.gpu_cache.executor import Executor, make_executor
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.pool import Pool, Watch
 from moebius.gpu_cache.step_buffers import StepBuffers
@@ -64,9 +65,6 @@ class ExpertCache:
             layer: (pool, local) for pool, group in enumerate(self._groups) for local, layer in enumerate(group)
         }
         self._pinned: dict[int, list[np.ndarray]] = {}
-        self._executors = {
-            number: make_executor(layer.spec, layer.layout, device.torch_device) for number, layer in served.items()
-        }
         slots = self._divide(budget)
         undo: list[Callable[[], None]] = []
         self._give_back = weakref.finalize(self, _run_all, undo)  # also where nobody calls close
@@ -75,6 +73,11 @@ class ExpertCache:
             self._pools = self._make_pools(slots)
             widest = max(layer.spec.hidden for layer in served.values())
             self.buffers: StepBuffers | None = device.step_buffers(_ROWS * (4 * widest + _ROUTING_BYTES))
+            send = None if self.buffers is None else self.buffers.send
+            self._executors: dict[int, Executor] = {
+                number: make_executor(layer.spec, layer.layout, device.torch_device, send)
+                for number, layer in served.items()
+            }
             for records in self._records.values():  # last: they may take all the memory that can be pinned
                 if device.pin(records):
                     undo.insert(1, partial(device.unpin, records))
@@ -87,9 +90,7 @@ class ExpertCache:
         pool, local = self._pool(layer)
         pool.withdraw(local)
         pool.collect()
-        slots = pool.table.lookup(local, experts)
-        self._pin(layer, pool, local, slots)
-        return slots
+        return self._claim(layer, pool, local, experts)
 
     def slots_of(self, layer: int) -> np.ndarray:
         """Slot of each of a layer's experts that `lookup` would return, int32 [E], -1 for none; a view, to be read."""
@@ -104,12 +105,10 @@ class ExpertCache:
         """
         pool, local = self._pool(layer)
         pool.collect()
-        slots = pool.table.occupied(local, experts)
-        self._pin(layer, pool, local, slots)  # first: those whose copy has ended since `lookup` could be displaced
-        missing = slots < 0
-        slots[missing] = fetched = pool.demand(local, experts[missing])
-        self._pin(layer, pool, local, fetched)
-        self._pinned[layer][-2:] = [slots.copy()]  # as `release` knows them
+        slots = self._claim(layer, pool, local, experts, loading=True)  # first: what came since `lookup` could go again
+        missing = np.flatnonzero(slots < 0)
+        pool.demand(local, experts[missing])
+        slots[missing] = self._claim(layer, pool, local, experts[missing], loading=True)
         return slots
 
     def launch(
@@ -119,15 +118,14 @@ class ExpertCache:
 
         Args:
             x: [T, H] on the device, unchanged until the result is there.
-            routes: A experts, all with a slot.
-            slots: int32 [A] from `lookup` and `fetch` of this step.
+            routes: A experts.
+            slots: int32 [A] from `lookup` and `fetch` of this step; -1 for experts that are left out.
             onto: an earlier launch of this step, whose result this one adds to and takes over.
 
         Returns:
-            A launch whose ``result()`` is the weighted sum over `routes`, fp32 [T, H] on the device.
+            A launch whose ``result()`` is the weighted sum over `routes` in slots, fp32 [T, H] on the device.
         """
-        pool, local = self._pool(layer)
-        assert pool.table.holds(local, routes.experts, slots), "slots are not those of the experts"
+        pool, _ = self._pool(layer)
         work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
         if onto is not None:
             work = partial(_add_to, onto, work)
@@ -287,9 +285,11 @@ class ExpertCache:
 
     def close(self) -> None:
         """Give back device memory, threads and pinned memory. Idempotent; other calls then raise RuntimeError."""
-        self._give_back()
-        self._pools, self.buffers = [], None
-        self.device.trim()
+        try:
+            self._give_back()
+        finally:
+            self._pools, self.buffers, self._executors = [], None, {}
+            self.device.trim()
 
     def abandon(self) -> None:
         """Leave everything as it is, in the child of a fork: threads, copies and pages are the parent's."""
@@ -357,16 +357,18 @@ class ExpertCache:
             self._pinned.pop(layer, None)
         self._pools[number].reset()
 
-    def _pin(self, layer: int, pool: Pool, local: int, slots: np.ndarray) -> None:
+    def _claim(self, layer: int, pool: Pool, local: int, experts: np.ndarray, loading: bool = False) -> np.ndarray:
+        """Slots in which experts are ready, or `loading`, int32 [n], -1 for none; pinned until `finish`."""
         pool.sound = False
-        pool.claim(local, slots)
+        slots = pool.claim(local, experts, loading)
         self._pinned.setdefault(layer, []).append(slots.copy())  # the caller may change his
         pool.sound = True
+        return slots
 
     def _offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:
         pool, local = self._pool(layer)
         pool.collect()
-        return pool.offer(local, experts, reason, chances)
+        return pool.offer(local, experts, reason, chances) if len(experts) else 0
 
     def _divide(self, budget: int) -> list[int]:
         sizes = [self._records[group[0]].shape[1] for group in self._groups]
@@ -415,5 +417,7 @@ def _add_to(earlier: Launch, work: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _run_all(steps: list[Callable[[], None]]) -> None:
-    for step in steps:
-        step()
+    """In their order; each is taken, whatever the others raise."""
+    with ExitStack() as stack:
+        for step in reversed(steps):
+            stack.callback(step)

@@ -60,6 +60,7 @@ class EventLog:
         pool.policy = _RecordedPolicy(pool.policy, log)
         for name in TRANSITIONS:
             setattr(pool.table, name, log._watch(name, getattr(pool.table, name), pool.policy))
+        setattr(pool.table, "claim", log._watch_claim(pool.table.claim, pool.policy))  # noqa: B010 (no method to mypy)
         return log
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -115,6 +116,14 @@ class EventLog:
                 call(*arguments)
             finally:
                 self._inside = not outermost
+
+        return watched
+
+    def _watch_claim(self, claim: Callable[..., Any], policy: CachePolicy) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            slots, marked = claim(*arguments)
+            self.events.append(Event("pin", (slots.copy(),), policy.price))
+            return slots, marked
 
         return watched
 

@@ -14,18 +14,24 @@ import torch
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import unpack
 from moebius.kernels.reference import moe_forward
-from moebius.kernels.routes import Routes
+from moebius.kernels.routes import Routes, select
 
 HOW_TO_INSTALL = "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
 
-# (pool uint8 [S, nbytes], x [T, H], routes, slots int32 [A]) -> fp32 [T, H]; slots[i] holds expert routes.experts[i]
+# (pool uint8 [S, nbytes], x [T, H], routes, slots int32 [A]) -> fp32 [T, H]; slots[i] has routes.experts[i],
+# or is -1 where that is left out
 Executor = Callable[[torch.Tensor, torch.Tensor, Routes, np.ndarray], torch.Tensor]
+# a launch's index table, int32 [n] -> the same on the device, for work on the current stream
+Send = Callable[[np.ndarray], torch.Tensor]
 
 
-def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) -> Executor:
+def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device, send: Send | None = None) -> Executor:
     """Triton on an accelerator, torch on the emulated device (Triton there too under TRITON_INTERPRET=1).
 
     Experts with torch code of their own (`Act.CUSTOM`, `post_norm`) run through torch everywhere.
+
+    Args:
+        send: brings index tables to the device; without it they are copied there one by one, while the host waits.
 
     Raises:
         RuntimeError: Triton is needed and not installed.
@@ -38,7 +44,7 @@ def make_executor(spec: ExpertSpec, layout: RecordLayout, device: torch.device) 
         )
     from moebius.kernels.triton import experts  # here, because an emulated run does not need triton
 
-    return partial(experts.moe_forward, spec, layout)
+    return partial(experts.moe_forward, spec, layout, send=send)
 
 
 def interpreted() -> bool:
@@ -50,6 +56,7 @@ def run_reference(
     spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, routes: Routes, slots: np.ndarray
 ) -> torch.Tensor:
     """The experts in plain torch on the device of x, fp32 throughout."""
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    moe_forward(spec, [unpack(layout, pool[int(slot)]) for slot in slots], x, routes, out)
+    out, there = torch.zeros(x.shape, dtype=torch.float32, device=x.device), slots >= 0
+    weights = [unpack(layout, pool[int(slot)]) for slot in slots[there]]
+    moe_forward(spec, weights, x, select(routes, there), out)
     return out

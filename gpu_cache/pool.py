@@ -13,7 +13,6 @@ from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
-from moebius.kernels.numba.slots import prove
 
 # Copies that the device has got cannot be withdrawn, and demand waits for them, so there are few: 16 MiB keep a 25 GB/s
 # link busy for 0.7 ms, about a layer; two at least, so that one follows the other without a gap.
@@ -22,6 +21,7 @@ FLYING_COPIES = 2
 # Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
 
+DEMAND, PREFETCH = Reason.DEMAND, Reason.PREFETCH  # Python 3.11 takes 0.3 us to find a member of an enumeration
 
 # Told of each copy that begins: layer (the cache's number), expert, why, and the copy.
 Watch = Callable[[int, int, Reason, Transfer], None]
@@ -38,11 +38,17 @@ class Upload:
 
 
 class Wish(NamedTuple):
-    """Why an expert of a layer waits for a slot, and the probability that the layer's next step uses it."""
+    """Experts of a layer that wait for slots."""
 
     layer: int
     reason: Reason
-    chance: float
+    experts: np.ndarray  # int32 [n], the most wanted first
+    chances: np.ndarray | None  # probability that the layer's next step uses each, float [n]; None for certainty
+
+    def part(self, which: slice | np.ndarray) -> Wish:
+        """Some of them."""
+        chances = None if self.chances is None else self.chances[which]
+        return Wish(self.layer, self.reason, self.experts[which], chances)
 
 
 class Pool:
@@ -74,7 +80,7 @@ class Pool:
         self.sound = True  # false within a change of several parts, and after one that was interrupted; see `reset`
         self.copy_times: list[float] = []  # microseconds, of the copies that completed since somebody took them
         self.watch: Watch | None = None
-        self._waiting: dict[int, Wish] = {}  # by key of the table, in order
+        self._waiting: list[Wish] = []  # in order, no expert twice
         self._uploads: dict[int, Upload] = {}  # by slot
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
         self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
@@ -92,22 +98,21 @@ class Pool:
             self._report(self._reap())
         self._hand_over()
 
-    def claim(self, layer: int, slots: np.ndarray) -> None:
-        """Pin a layer's slots (int32 [n], -1 for none) and count the prefetches among them as used."""
-        self.table.pin(slots)
-        if proven := prove(self._unproven, slots):
-            self._counters.prefetch_used[self._layers[layer]] += proven
+    def claim(self, layer: int, experts: np.ndarray, loading: bool = False) -> np.ndarray:
+        """Pin the slots in which experts (int32 [n]) are ready, or `loading`, and count prefetches among them as used.
 
-    def demand(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """Begin copies of experts (int32 [n], in no slot) that somebody waits for; int32 [n], -1 where none is had."""
-        if not len(experts):
-            return np.empty(0, np.int32)
-        slots = self.policy.place(self.table, layer, experts, Reason.DEMAND)
-        for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
-            self._waiting.pop(self.table.first(layer) + expert, None)
-            if slot >= 0:
-                self._begin(slot, layer, expert, Reason.DEMAND)
+        Returns:
+            The slots, int32 [n], -1 for none.
+        """
+        slots, proven = self.table.claim(layer, experts, self._unproven, loading)
+        if proven:
+            self._counters.prefetch_used[self._layers[layer]] += proven
         return slots
+
+    def demand(self, layer: int, experts: np.ndarray) -> None:
+        """Begin copies of experts (int32 [n], in no slot) that somebody waits for, as far as there are slots."""
+        if len(experts):
+            self._place(Wish(layer, DEMAND, experts, None))
 
     def offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:
         """Queue experts (int32 [n], the most wanted first) that the policy may give a slot, as far as the queue goes.
@@ -118,23 +123,27 @@ class Pool:
         Returns:
             How many of them are now under way or waiting, and were not before.
         """
-        first, slot_of, waiting = self.table.first(layer), self.table.slot_of, self._waiting
-        queued: list[int] = []
-        room = self._queued_limit - len(self._uploads) - len(waiting)
-        for place, expert in enumerate(experts.tolist()):
-            if len(queued) >= room:
-                break
-            key = first + expert
-            if key not in waiting and slot_of[key] < 0:
-                waiting[key] = Wish(layer, reason, 1.0 if chances is None else float(chances[place]))
-                queued.append(key)
-        self._hand_over()
-        return sum(key in waiting or bool(slot_of[key] >= 0) for key in queued)
+        wish, flying = Wish(layer, reason, experts, chances), len(self._uploads)
+        at_once = not self._waiting and flying + len(experts) <= self._flying_limit
+        if at_once and not self.table.any_there(layer, experts):  # what decode mostly asks for
+            return self._place(wish)
+        absent = self.table.occupied(layer, experts) < 0
+        for other in self._waiting:
+            if other.layer == layer:
+                absent &= ~np.isin(experts, other.experts)
+        before = self._queued()
+        if not len(chosen := np.flatnonzero(absent)[: max(self._queued_limit - flying - before, 0)]):
+            return 0
+        self._waiting.append(wish.part(chosen))
+        return self._hand_over() + self._queued() - before
+
+    def _queued(self) -> int:
+        return sum(len(wish.experts) for wish in self._waiting)
 
     def withdraw(self, layer: int) -> None:
         """Give up the prefetches for a layer that have not begun."""
         if self._waiting:
-            self._cancel([key for key, wish in self._waiting.items() if wish.layer == layer])
+            self._cancel([layer])
 
     def arrivals(self, slots: np.ndarray) -> list[Completion]:
         """Copies into `slots` that are still under way; the caller takes over the report of their failure."""
@@ -146,10 +155,11 @@ class Pool:
         return [upload.completion for upload in pending]
 
     def read_by(self, slots: np.ndarray, launch: Launch) -> None:
-        """Nothing may overwrite `slots` before `launch` has ended."""
+        """Nothing may overwrite `slots`, of which negative ones are none, before `launch` has ended."""
         completion = launch.completion
         for slot in slots.tolist():
-            self._readers[slot] = completion
+            if slot >= 0:
+                self._readers[slot] = completion
 
     def drain(self) -> None:
         """Wait for all copies, those that wait included, and publish them; raises like `collect`."""
@@ -172,7 +182,7 @@ class Pool:
         """Settle and forget all contents, pins included, in whatever state an interrupt has left them."""
         self.sound = False
         self.settle()
-        self._cancel(list(self._waiting))
+        self._cancel(range(self.table.layers))
         for slot in np.flatnonzero(self._unproven & (self.table.key_of >= 0)).tolist():
             self._count_waste(slot)
         self._waiting.clear()
@@ -185,29 +195,38 @@ class Pool:
         """Visible experts of each layer, int64 [L of the pool]."""
         return np.add.reduceat(self.table.visible >= 0, self.table.base[:-1], dtype=np.int64)
 
-    def _hand_over(self) -> None:
-        """Begin copies of what waits, prefetches first, while the device has few."""
+    def _hand_over(self) -> int:
+        """Begin copies of what waits, prefetches first, while the device has few; how many."""
+        begun = 0
         while self._waiting and (room := self._flying_limit - len(self._uploads)) > 0:
-            layer, experts, reason, chances = self._next(room)
-            slots = self.policy.place(self.table, layer, experts, reason, chances)
-            for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True):
-                if slot >= 0:
-                    self._begin(slot, layer, expert, reason)
+            first = next((i for i, wish in enumerate(self._waiting) if wish.reason is PREFETCH), 0)
+            wish = self._waiting.pop(first)
+            if len(wish.experts) > room:
+                self._waiting.insert(first, wish.part(slice(room, None)))
+                wish = wish.part(slice(room))
+            absent = self.table.occupied(wish.layer, wish.experts) < 0  # others were demanded meanwhile
+            begun += self._place(wish.part(absent))
+        return begun
 
-    def _next(self, room: int) -> tuple[int, np.ndarray, Reason, np.ndarray]:
-        """Take the foremost experts of one layer and reason, `room` at most, from the queue."""
-        urgent = (wish for wish in self._waiting.values() if wish.reason is Reason.PREFETCH)
-        layer, reason, _ = next(urgent, None) or next(iter(self._waiting.values()))
-        keys = [key for key, wish in self._waiting.items() if wish.layer == layer and wish.reason is reason][:room]
-        chances = [self._waiting.pop(key).chance for key in keys]
-        first = self.table.first(layer)
-        return layer, np.array([key - first for key in keys], np.int32), reason, np.array(chances)
+    def _place(self, wish: Wish) -> int:
+        """Begin copies of the experts that the policy gives a slot; how many."""
+        layer, reason, experts, chances = wish
+        begun = 0
+        slots = self.policy.place(self.table, layer, experts, reason, chances).tolist()
+        for slot, expert in zip(slots, experts.tolist(), strict=True):
+            if slot >= 0:
+                self._begin(slot, layer, expert, reason)
+                begun += 1
+        return begun
 
-    def _cancel(self, keys: list[int]) -> None:
-        for key in keys:
-            if self._waiting[key].reason is Reason.PREFETCH:
-                wish = self._waiting.pop(key)
-                self._counters.prefetch_cancelled[self._layers[wish.layer]] += 1
+    def _cancel(self, layers: Sequence[int]) -> None:
+        """Give up the prefetches for these layers that wait."""
+        former, self._waiting = self._waiting, []
+        for wish in former:
+            if wish.reason is PREFETCH and wish.layer in layers:
+                self._counters.prefetch_cancelled[self._layers[wish.layer]] += len(wish.experts)
+            else:
+                self._waiting.append(wish)
 
     def _reap(self) -> list[Upload]:
         """Publish what has completed; the uploads that failed without anybody who waits for them."""
@@ -236,7 +255,7 @@ class Pool:
         self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
         source = self._records[layer][expert]
         try:
-            completion = self._device.copy(self.memory[slot], source, self._readers[slot], reason is Reason.DEMAND)
+            completion = self._device.copy(self.memory[slot], source, self._readers[slot], reason is DEMAND)
         except Exception:
             self.table.release(slot)
             self.sound = True
@@ -244,7 +263,7 @@ class Pool:
         self._uploads[slot] = Upload(layer, expert, completion)
         if self.watch is not None:
             self.watch(self._layers[layer], expert, reason, completion)
-        self._unproven[slot] = reason is Reason.PREFETCH
+        self._unproven[slot] = reason is PREFETCH
         self._count_upload(self._layers[layer], reason)
         self.sound = True
 
@@ -255,8 +274,8 @@ class Pool:
     def _count_upload(self, number: int, reason: Reason) -> None:
         self._counters.uploads[number] += 1
         self._counters.upload_bytes[number] += self.nbytes
-        self._counters.prefetch_issued[number] += reason is Reason.PREFETCH
-        self._counters.demand_fetches[number] += reason is Reason.DEMAND
+        self._counters.prefetch_issued[number] += reason is PREFETCH
+        self._counters.demand_fetches[number] += reason is DEMAND
 
     def _count_copy(self, upload: Upload) -> None:
         took = upload.completion.elapsed_us()

@@ -1,15 +1,17 @@
-"""The way of a step's inputs to the host and of the CPU's sum to the device, in one copy each, through kept buffers."""
+"""A step's inputs to the host, the CPU's sum and index tables to the device: one copy each, through kept buffers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from moebius.gpu_cache.driver import Driver
 
 _PLANS = 64
+_ALIGNMENT = 16  # of tables: Triton compiles a kernel anew for pointers that are no multiples of 16
 
 
 class _Plan(NamedTuple):
@@ -37,7 +39,7 @@ class StepBuffers:
 
     Args:
         driver: of the device.
-        nbytes: of a step's inputs, and of its sum, for which there is room in the buffers.
+        nbytes: of a step's inputs, of its sum, and of its launches' tables, for which there is room in the buffers.
 
     Raises:
         RuntimeError: the driver pins no memory.
@@ -47,8 +49,8 @@ class StepBuffers:
         self._driver = driver
         try:
             with torch.inference_mode(False):  # what is made inside cannot be written outside
-                self._there: torch.Tensor = driver.empty(2, nbytes)  # inputs, sum
-                self._here = driver.pinned(nbytes), driver.pinned(nbytes)
+                self._there: torch.Tensor = driver.empty(3, _aligned(nbytes))  # inputs, sum, tables
+                self._here = [driver.pinned(_aligned(nbytes)) for _ in range(3)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -61,6 +63,8 @@ class StepBuffers:
         self._stream: Any = None
         self._sending: Any = None  # the stream that may still read the sum here,
         self._adding: Any = None  # and the one that reads it there
+        self._launching: Any = None  # the stream whose launches read tables,
+        self._sent = 0  # in so many bytes
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same in host memory, by one copy that the host waits for.
@@ -77,6 +81,8 @@ class StepBuffers:
         self._driver.fetch(plan.here, plan.there)
         stream.synchronize()
         self._sending = None
+        if self._launching == stream:
+            self._launching, self._sent = None, 0
         return list(plan.views)
 
     def _plan(self, tensors: Sequence[torch.Tensor]) -> _Plan:
@@ -94,10 +100,11 @@ class StepBuffers:
             self._plans[key] = plan
         return plan
 
-    def _memory(self, number: int, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """So many bytes on the device and in pinned memory: the buffers' where there is room."""
-        if nbytes <= len(self._here[number]):
-            return self._there[number, :nbytes], self._here[number][:nbytes]
+    def _memory(self, number: int, nbytes: int, begin: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many bytes on the device and in pinned memory: the buffers' from `begin` on where there is room."""
+        end = begin + nbytes
+        if end <= len(self._here[number]):
+            return self._there[number, begin:end], self._here[number][begin:end]
         return self._driver.empty(1, nbytes)[0], self._driver.pinned(nbytes)
 
     def zeros(self, rows: int, width: int) -> torch.Tensor:
@@ -122,6 +129,30 @@ class StepBuffers:
         self._sending = self._adding = stream
         return self._sum.there
 
+    def send(self, table: np.ndarray) -> torch.Tensor:
+        """A launch's table (int32 [n]) on the device, for work on the current stream; the host does not wait.
+
+        Tables stand one behind the other until the next `to_host`, by which all launches that read them have ended.
+        """
+        stream, nbytes, room = self._driver.current_stream(), _aligned(table.nbytes), len(self._here[2])
+        if self._launching is not None and stream != self._launching:
+            stream.wait_stream(self._launching)
+        self._launching = stream
+        if self._sent + nbytes > room >= nbytes:  # there was no `to_host` for long
+            stream.synchronize()
+            self._sent = 0
+        with torch.inference_mode(False):
+            there, here = self._memory(2, table.nbytes, self._sent)
+        if nbytes <= room:
+            self._sent += nbytes
+        here.numpy()[:] = table.view(np.uint8)
+        self._driver.copy(there, here)
+        return there.view(torch.int32)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
 
 def _order(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Wide elements first, so that each tensor begins at a multiple of its own."""
@@ -129,7 +160,7 @@ def _order(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def _bytes_of(tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:
-    return [tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]
+    return [tensors[i].ravel().view(torch.uint8) for i in order]
 
 
 def _views(memory: torch.Tensor, tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:

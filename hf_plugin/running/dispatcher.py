@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moebius.hf_plugin.running.runtime import ModelRuntime
 
 
-_NOTHING = np.empty(0, np.int64)
+UNCOUNTED = 16  # launches whose times are asked for together
 
 
 class Ran(NamedTuple):
@@ -33,7 +33,8 @@ class Ran(NamedTuple):
 
     layer: int
     completion: Timed
-    tokens: np.ndarray  # of each of its experts, int64 [A]
+    slots: np.ndarray  # as `Launched` has them
+    tokens: np.ndarray
 
 
 @dataclass(slots=True)
@@ -97,19 +98,20 @@ def run_layer(
     tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
     question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
     host_x, found_ids, found_weights, *answer = _cross(tier, [x, ids, weights, *(question.asked if question else ())])
-    question = question and question._replace(asked=tuple(answer))
+    if question is not None and answer:
+        question = question._replace(asked=tuple(answer))
     host_ids, host_weights = found_ids.numpy(), found_weights.float().numpy()
     routes = build_routes(host_ids, host_weights, layer.store.num_experts)
     step = Step(x, host_x, host_ids, routes, question)
     if runtime.recorder is not None:
         runtime.recorder.record(layer.index, host_ids, host_weights)
     counters = runtime.counters[layer.index]
-    counters.tokens += layer.tokens(len(x))
+    counters.tokens += layer.tokens(x.shape[0])
     hits, misses = counters.hits, counters.misses
     layer.gate.settle(x, ids)
     result = _on_cpu_alone(runtime, layer, step) if tier is None else _on_both(runtime, tier, layer, step)
     if runtime.timeline is not None:
-        facts = {"hits": counters.hits - hits, "misses": counters.misses - misses, "tokens": len(x)}
+        facts = {"hits": counters.hits - hits, "misses": counters.misses - misses, "tokens": x.shape[0]}
         runtime.timeline.add(LAYERS, layer.name, begun, perf_counter(), layer=layer.index, **facts)
     return result
 
@@ -139,18 +141,17 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
         counters.hits += wanted.hits
         counters.misses += len(routes.tokens) - wanted.hits
         share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, wanted)
-        hit = slots >= 0
-        absent = np.flatnonzero(~hit) if wanted.hits < len(routes.tokens) else _NOTHING
         if runtime.lookahead is not None:
-            runtime.lookahead.missed(len(absent))
+            runtime.lookahead.missed(len(slots) - share.residents)
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
-        cache.used(index, routes.experts, hit)  # while the device computes
+        cache.used(index, routes.experts, share.there)  # while the device computes
         out = _on_cpu_meanwhile(runtime, tier, layer, step, share, wanted)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish(index)
-    cache.admit(index, routes.experts[absent[~share.fetched[absent]] if wanted.fetches else absent])
+    if share.residents < len(slots):
+        cache.admit(index, routes.experts[~(share.there | share.fetched)])
     tier.observe_copies()
     return merged
 
@@ -221,11 +222,12 @@ def _merge(
     runtime.counters[index].wait_ms += waited * 1e3
     if runtime.timeline is not None:
         runtime.timeline.add(LAYERS, "wait", begun, begun + waited, layer=index)
-        for launch, tokens in launched:
-            facts = {"layer": index, "experts": len(tokens), "pairs": int(tokens.sum())}
-            runtime.timeline.watch(DEVICE, f"layer {index}", launch.completion, **facts)
-    runtime.count_launches(tier)
-    tier.launches.extend(Ran(index, one.launch.completion, one.tokens) for one in launched)
+        for one in launched:
+            facts = {"layer": index, "experts": len(one.computed), "pairs": int(one.computed.sum())}
+            runtime.timeline.watch(DEVICE, f"layer {index}", one.launch.completion, **facts)
+    tier.launches.extend(Ran(index, one.launch.completion, one.slots, one.tokens) for one in launched)
+    if len(tier.launches) >= UNCOUNTED:
+        runtime.count_launches(tier)
     if out is None:
         return on_device.to(x.device, x.dtype)
     total = torch.empty_like(x, device=on_device.device)

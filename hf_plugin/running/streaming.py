@@ -10,7 +10,7 @@ import torch
 
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Launch
-from moebius.kernels.routes import Routes, select
+from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment
 
 # A chunk is fetched, then computed while the next one is on the link. 32 MiB take a 25 GB/s link 1.3 ms, many times
@@ -18,14 +18,20 @@ from moebius.predictors.costs import Assignment
 # does not wait for the host.
 CHUNK_BYTES = 32 << 20
 WINDOW = 3
-_NOTHING = np.empty(0, np.int64)
+_NOTHING, _ABSENT = np.empty(0, np.int64), np.int32(-1)
 
 
 class Launched(NamedTuple):
     """A launch and what it computes."""
 
     launch: Launch
-    tokens: np.ndarray  # of each of its experts, int64 [A]
+    slots: np.ndarray  # of each of the step's experts, int32 [A]; -1 for those that it does not compute
+    tokens: np.ndarray  # of each of the step's experts, int64 [A]
+
+    @property
+    def computed(self) -> np.ndarray:
+        """Tokens of each expert that it computes, int64 [n]."""
+        return self.tokens[self.slots >= 0]
 
 
 class DeviceShare:
@@ -51,15 +57,16 @@ class DeviceShare:
         self._chunk = max(1, CHUNK_BYTES // cache.record_bytes(layer))
         self._window = WINDOW
         self._residents: np.ndarray = _NOTHING  # pinned until they, too, are needed as a window
+        self.there = slots >= 0
+        self.residents = int(np.count_nonzero(self.there))
         self.fetched = np.zeros(len(slots), bool)
-        resident = wanted.on_device
-        if wanted.fetches:
-            there = slots >= 0
-            absent, resident, self._residents = np.flatnonzero(resident & ~there), resident & there, slots[there]
-            self._waiting = absent[np.argsort(-self._tokens[absent], kind="stable")]
         if wanted.residents:
-            self._launch(resident, slots if wanted.residents == len(slots) else slots[resident])
-        self.advance()
+            # those that the CPU takes over are left out
+            self._launch(slots if wanted.residents == self.residents else np.where(wanted.on_device, slots, _ABSENT))
+        if wanted.fetches:
+            absent, self._residents = np.flatnonzero(wanted.on_device & ~self.there), slots[self.there]
+            self._waiting = absent[np.argsort(-self._tokens[absent], kind="stable")]
+            self.advance()
 
     @property
     def waiting(self) -> bool:
@@ -77,12 +84,11 @@ class DeviceShare:
                 self._shrink()
                 continue
             self._waiting = np.concatenate([chunk[~got], self._waiting[self._chunk :]])
-            mask = np.zeros(len(self.fetched), bool)
-            mask[chunk[got]] = True
-            self.fetched |= mask
-            ascending = np.argsort(chunk[got])
+            self.fetched[chunk[got]] = True
             self._under_way.append(slots[got])
-            self._launch(mask, slots[got][ascending])
+            where = np.full(len(self.fetched), _ABSENT)
+            where[chunk] = slots
+            self._launch(where)
 
     def _shrink(self) -> None:
         """There are no more slots than those under way; without any, the residents', which are launched, must do."""
@@ -106,9 +112,8 @@ class DeviceShare:
         self._cache.release(self._layer, self._under_way.popleft())
         return True
 
-    def _launch(self, mask: np.ndarray, slots: np.ndarray) -> None:
-        """Compute the experts of `mask` (bool [A]), which are in `slots`, and add what was launched before."""
-        before, all_of_them = self.launched[-1].launch if self.launched else None, len(slots) == len(mask)
-        routes = self._routes if all_of_them else select(self._routes, mask)
-        launch = self._cache.launch(self._layer, self._x, routes, slots, before)
-        self.launched.append(Launched(launch, self._tokens if all_of_them else self._tokens[mask]))
+    def _launch(self, slots: np.ndarray) -> None:
+        """Compute the experts that are in `slots` (int32 [A]), and add what was launched before."""
+        before = self.launched[-1].launch if self.launched else None
+        launch = self._cache.launch(self._layer, self._x, self._routes, slots, before)
+        self.launched.append(Launched(launch, slots, self._tokens))

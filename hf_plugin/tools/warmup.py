@@ -18,7 +18,6 @@ from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
-from moebius.kernels.numba.slots import prove
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes, select
 from moebius.predictors.costs import CostModel, ExpertCost
@@ -102,8 +101,8 @@ def _use_policy() -> None:
     table, slots = SlotTable([_EXPERTS], 1), np.zeros(1, np.int32)
     policy.place(table, 0, experts, Reason.ADMIT)
     table.pin(slots)
-    table.holds(0, experts, slots)
-    prove(np.zeros(1, bool), slots)
+    table.claim(0, experts, np.zeros(1, bool))
+    table.any_there(0, experts)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
     costs.assign(np.array([0, 1], np.int32), np.zeros(1, np.int32))

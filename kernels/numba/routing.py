@@ -1,4 +1,4 @@
-"""Sorting a layer's routing by expert, compiled: the decode path does it once per layer."""
+"""Sorting a layer's routing by expert, and listing it for a launch, compiled: the decode path does it per layer."""
 
 from __future__ import annotations
 
@@ -69,3 +69,52 @@ def keep_experts(experts, offsets, tokens, weights, mask):  # type: ignore[no-un
             active += 1
             bounds[active] = pairs
     return kept, bounds, kept_tokens, kept_weights
+
+
+@entry("int32[::1](int32[::1], int32[::1], float32[::1], int32[::1], int64)")
+def list_pairs(offsets, tokens, weights, slots, count):  # type: ignore[no-untyped-def]
+    """``[slot P | token P | weight P (fp32 bits) | order P | start T + 1]``, see `triton.tables.PairTable`.
+
+    Args:
+        offsets, tokens, weights: of `Routes`.
+        slots: of each expert, [A]; negative for those whose pairs are left out.
+        count: T.
+    """
+    pairs, bits, p = 0, weights.view(np.int32), 0
+    for i in range(len(slots)):
+        pairs += offsets[i + 1] - offsets[i] if slots[i] >= 0 else 0
+    table, place = np.empty(4 * pairs + count + 1, np.int32), np.zeros(count + 1, np.int32)
+    for i in range(len(slots)):
+        if slots[i] >= 0:
+            for pair in range(offsets[i], offsets[i + 1]):
+                table[p], table[pairs + p], table[2 * pairs + p] = slots[i], tokens[pair], bits[pair]
+                place[tokens[pair] + 1] += 1
+                p += 1
+    for t in range(count):
+        place[t + 1] += place[t]
+    table[4 * pairs :] = place
+    for p in range(pairs):
+        token = table[pairs + p]
+        table[3 * pairs + place[token]] = p
+        place[token] += 1
+    return table
+
+
+@entry("int32[:,::1](int32[::1], int32[::1], int64)")
+def list_tiles(offsets, slots, rows):  # type: ignore[no-untyped-def]
+    """Slot, first pair and past the last pair of each run of at most `rows` pairs of one expert, int32 [3, M].
+
+    Pairs are numbered as in `list_pairs`, without those of experts whose slot is negative.
+    """
+    count = 0
+    for i in range(len(slots)):
+        count += (offsets[i + 1] - offsets[i] + rows - 1) // rows if slots[i] >= 0 else 0
+    tiles, tile, begin = np.empty((3, count), np.int32), 0, 0
+    for i in range(len(slots)):
+        if slots[i] >= 0:
+            end = begin + offsets[i + 1] - offsets[i]
+            for first in range(begin, end, rows):
+                tiles[0, tile], tiles[1, tile], tiles[2, tile] = slots[i], first, min(first + rows, end)
+                tile += 1
+            begin = end
+    return tiles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moebius.kernels.numba.jit import entry
 
 
@@ -16,21 +18,28 @@ def pin(pins, slots, change):  # type: ignore[no-untyped-def]
     return sound
 
 
-@entry("int64(boolean[::1], int32[::1])")
-def prove(unproven, slots):  # type: ignore[no-untyped-def]
-    """Take the marks off `slots`, of which negative ones are none; how many there were."""
-    marked = 0
-    for slot in slots:
-        if slot >= 0 and unproven[slot]:
-            unproven[slot] = False
-            marked += 1
-    return marked
+@entry("Tuple((int32[::1], int64))(int32[::1], int64, int32[::1], int32[::1], boolean[::1])")
+def claim(slot_of, first, experts, pins, unproven):  # type: ignore[no-untyped-def]
+    """Pin the slots of experts of a layer whose keys begin at `first`.
 
-
-@entry("boolean(int32[::1], int64, int32[::1], int32[::1])")
-def holds(slot_of, first, experts, slots):  # type: ignore[no-untyped-def]
-    """Whether each expert, of a layer whose keys begin at `first`, is in its entry of `slots`."""
-    held = True
+    Returns:
+        The slot of each expert, -1 for none, int32 [A]; how many of them had a mark in `unproven`, which is taken off.
+    """
+    slots, marked = np.empty(len(experts), np.int32), 0
     for i in range(len(experts)):
-        held &= slot_of[first + experts[i]] == slots[i]
-    return held
+        slot = slot_of[first + experts[i]]
+        slots[i] = slot
+        if slot >= 0:
+            pins[slot] += 1
+            marked += unproven[slot]
+            unproven[slot] = False
+    return slots, marked
+
+
+@entry("boolean(int32[::1], int64, int32[::1])")
+def any_there(slot_of, first, experts):  # type: ignore[no-untyped-def]
+    """Whether any of the experts of a layer whose keys begin at `first` has a slot."""
+    found = False
+    for expert in experts:
+        found |= slot_of[first + expert] >= 0
+    return found

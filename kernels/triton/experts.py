@@ -14,14 +14,20 @@ from moebius.kernels.triton.choice import tile_for
 from moebius.kernels.triton.config import INTERPRETED, DecodeTile
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill
-from moebius.kernels.triton.tables import pair_table, tile_table
+from moebius.kernels.triton.tables import Send, pair_table, sender, tile_table
 
 # The interpreter keeps the running program's index in a global.
 _one_at_a_time: AbstractContextManager[object] = threading.Lock() if INTERPRETED else nullcontext()
 
 
 def moe_forward(
-    spec: ExpertSpec, layout: RecordLayout, pool: torch.Tensor, x: torch.Tensor, routes: Routes, slots: np.ndarray
+    spec: ExpertSpec,
+    layout: RecordLayout,
+    pool: torch.Tensor,
+    x: torch.Tensor,
+    routes: Routes,
+    slots: np.ndarray,
+    send: Send | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the routed experts, like `kernels.reference.moe_forward`.
 
@@ -29,17 +35,18 @@ def moe_forward(
         pool: records on the device, uint8 [S, layout.nbytes].
         x: [T, H] on the device, fp32, bf16 or fp16.
         routes: A experts and their pairs.
-        slots: int32 [A], where each expert's record is.
+        slots: int32 [A], where each expert's record is; -1 for experts that are left out.
+        send: brings index tables to the device, else they are copied there while the host waits.
 
     Returns:
         fp32 [T, H] on the device.
     """
-    tokens = x.shape[0]
-    if len(routes.tokens) == 0:
+    tokens, x, send = x.shape[0], x.contiguous(), send or sender(x.device)
+    pairs = pair_table(routes, slots, tokens, send)
+    if not pairs.pairs:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    x, pairs = x.contiguous(), pair_table(routes, slots, tokens, x.device)
     tile = tile_for(spec, layout, tokens, x.device)
     with _one_at_a_time:
         if isinstance(tile, DecodeTile):
             return decode(spec, layout, pool, x, pairs, tile)
-        return prefill(spec, layout, pool, x, pairs, tile_table(routes, slots, tile.pairs, x.device), tile)
+        return prefill(spec, layout, pool, x, pairs, tile_table(routes, slots, tile.pairs, send), tile)

@@ -1,13 +1,18 @@
-"""Index tables of a launch, built on the host and moved to the device in one copy."""
+"""Index tables of a launch, built on the host, each sent to the device in one copy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from moebius.kernels.numba.routing import list_pairs, list_tiles
 from moebius.kernels.routes import Routes
+
+# a table, int32 [n] -> the same on the device
+Send = Callable[[np.ndarray], torch.Tensor]
 
 
 class PairTable(NamedTuple):
@@ -28,30 +33,22 @@ class TileTable(NamedTuple):
     tiles: int
 
 
-def pair_table(routes: Routes, slots: np.ndarray, tokens: int, device: torch.device) -> PairTable:
-    """The table for `routes` over T = `tokens` tokens; expert ``routes.experts[i]`` is in slot ``slots[i]``."""
-    start = np.zeros(tokens + 1, np.int32)
-    np.cumsum(np.bincount(routes.tokens, minlength=tokens), out=start[1:])
-    parts = (
-        np.repeat(slots.astype(np.int32), routes.counts),
-        routes.tokens,
-        routes.weights.view(np.int32),
-        np.argsort(routes.tokens, kind="stable").astype(np.int32),
-        start,
-    )
-    return PairTable(_to_device(np.concatenate(parts), device), len(routes.tokens))
+def pair_table(routes: Routes, slots: np.ndarray, tokens: int, send: Send) -> PairTable:
+    """The table for `routes` over T = `tokens` tokens.
+
+    Args:
+        slots: of each expert, int32 [A]; -1 for those whose pairs are left out.
+    """
+    table = list_pairs(routes.offsets, routes.tokens, routes.weights, slots, tokens)
+    return PairTable(send(table), (len(table) - tokens - 1) // 4)
 
 
-def tile_table(routes: Routes, slots: np.ndarray, rows: int, device: torch.device) -> TileTable:
-    """Cut each expert's pairs into tiles of `rows`."""
-    tiles = -(-routes.counts // rows)
-    owner = np.repeat(np.arange(len(tiles)), tiles)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    first = routes.offsets[owner] + within * rows
-    last = np.minimum(first + rows, routes.offsets[owner + 1])
-    return TileTable(_to_device(np.concatenate([slots[owner], first, last]).astype(np.int32), device), len(owner))
+def tile_table(routes: Routes, slots: np.ndarray, rows: int, send: Send) -> TileTable:
+    """Cut each expert's pairs, as they stand in the `pair_table`, into tiles of `rows`."""
+    tiles = list_tiles(routes.offsets, slots, rows)
+    return TileTable(send(tiles.reshape(-1)), tiles.shape[1])
 
 
-def _to_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(table)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+def sender(device: torch.device) -> Send:
+    """Sends tables to a device while the host waits."""
+    return lambda table: torch.from_numpy(table).to(device)

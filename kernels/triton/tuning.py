@@ -17,7 +17,7 @@ from moebius.kernels.triton.choice import Kind, Tile, keep, known
 from moebius.kernels.triton.config import TOKEN_CLASSES, DecodeTile, candidates
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill
-from moebius.kernels.triton.tables import pair_table, tile_table
+from moebius.kernels.triton.tables import pair_table, sender, tile_table
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,13 @@ def device_timer(spec: ExpertSpec, layout: RecordLayout, device: torch.device) -
         routes = build_routes(ids, np.full(ids.shape, 1 / _TOP_K, np.float32), _EXPERTS)
         slots = routes.experts.astype(np.int32)
         dtype = torch.bfloat16 if layout.quantized else layout.dtype
-        x, pairs = torch.ones(count, spec.hidden, dtype=dtype, device=device), pair_table(routes, slots, count, device)
+        x, send = torch.ones(count, spec.hidden, dtype=dtype, device=device), sender(device)
+        pairs = pair_table(routes, slots, count, send)
 
         def timer(tile: Tile) -> float:
             if isinstance(tile, DecodeTile):
                 return _microseconds(lambda: decode(spec, layout, pool, x, pairs, tile))
-            tiles = tile_table(routes, slots, tile.pairs, device)
+            tiles = tile_table(routes, slots, tile.pairs, send)
             return _microseconds(lambda: prefill(spec, layout, pool, x, pairs, tiles, tile))
 
         return timer

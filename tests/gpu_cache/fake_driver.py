@@ -174,7 +174,10 @@ class FakeDriver(Driver):
         return buffer
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        known = source.untyped_storage().data_ptr() in self.registered or source.data_ptr() in self.buffers
+        known = (
+            source.untyped_storage().data_ptr() in self.registered
+            or source.untyped_storage().data_ptr() in self.buffers
+        )
         assert known, "a copy from pageable memory blocks the host"
         if self._count("copy"):
             raise RuntimeError("injected: copy failed")

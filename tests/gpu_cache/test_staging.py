@@ -145,7 +145,7 @@ def test_copies_that_wait_when_the_device_closes() -> None:
 
 def test_no_pinned_memory_at_all_is_an_error() -> None:
     """Catches copies that block every layer, which nobody would notice but by the clock."""
-    driver = FakeDriver(refuses=True, fails=lambda name, number: name == "pinned" and number > 2)
+    driver = FakeDriver(refuses=True, fails=lambda name, number: name == "pinned" and number > 3)
     with pytest.raises(RuntimeError, match=r"pins neither the experts' host memory nor 4 buffers .*ulimit -l"):
         ExpertCache(AcceleratorDevice(driver), make_layers(), 1 << 24)
 

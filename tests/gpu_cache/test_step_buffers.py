@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,3 +50,47 @@ def test_a_sum_that_is_still_on_its_way() -> None:
     late.synchronize()
     assert torch.equal(there, torch.full((1, 4), 7.0))
     assert not second.any()
+
+
+def test_tables_of_launches_that_are_late() -> None:
+    """Catches a table that is overwritten, here or there, before its launch has read it, memory asked for by a launch,
+    and an address that Triton would compile a kernel anew for."""
+    driver = FakeDriver()
+    buffers, late = StepBuffers(driver, 200), driver.stream()
+    calls, rng, read = dict(driver.calls), np.random.default_rng(0), 0
+
+    def launch(there: torch.Tensor, table: np.ndarray) -> None:
+        nonlocal read
+        assert there.tolist() == table.tolist()
+        read += 1
+
+    with driver.on(late):
+        for number in range(60):
+            table = rng.integers(-9, 9, 1 + number % 17).astype(np.int32)
+            there = buffers.send(table)
+            assert (there.data_ptr() - buffers._there[2].data_ptr()) % 16 == 0
+            late.add(lambda there=there, table=table: launch(there, table))
+    late.synchronize()
+    assert read == 60
+    assert driver.calls.keys() - calls.keys() == {"copy"}
+    assert {name: driver.calls[name] for name in calls} == calls
+
+
+def test_tables_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tables that go on behind those of all steps before, and wait for the device when the buffer is full."""
+    driver = FakeDriver()
+    buffers, stream, waits = StepBuffers(driver, 64), driver.current_stream(), []
+    monkeypatch.setattr(stream, "synchronize", lambda: waits.append(1))
+    first = buffers.send(np.arange(9, dtype=np.int32))
+    assert not waits
+    assert buffers.send(np.arange(5, dtype=np.int32)).data_ptr() == first.data_ptr()
+    assert len(waits) == 1, "the buffer was full"
+    buffers.to_host([torch.ones(2)])
+    assert buffers.send(np.arange(9, dtype=np.int32)).data_ptr() == first.data_ptr()
+    assert len(waits) == 2, "that of to_host, which every step makes"
+
+
+def test_a_table_that_has_no_room() -> None:
+    """Catches a prompt's table cut to the buffer."""
+    buffers, table = StepBuffers(FakeDriver(), 64), np.arange(300, dtype=np.int32)
+    assert buffers.send(table).tolist() == table.tolist()

@@ -15,6 +15,7 @@ from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.staging import BUFFERS
 from moebius.hf_plugin import patching
 from moebius.hf_plugin.running import tiers
+from moebius.hf_plugin.running.held import HeldWeights
 from tests import zoo
 from tests.gpu_cache.fake_driver import FakeDriver
 from tests.hf_plugin import helpers
@@ -130,6 +131,53 @@ def test_a_kernel_that_fails(opened: Open, monkeypatch: pytest.MonkeyPatch) -> N
         assert greedy(model, ids) == want
 
 
+def test_unpatch_after_an_error_that_stays(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches modules, threads or locks that stay behind the first of many calls which a lost device refuses."""
+    model = helpers.trained()
+    ids, before = prompt(model), helpers.weights(model)
+    want, threads = greedy(model, ids), set(threading.enumerate())
+    driver = opened(refuses=False, fails=lambda name, number: name == "unregister")
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    moebius.patch(model, device="emulated", gpu_memory=0.5)
+    assert greedy(model, ids) == want
+    with monkeypatch.context() as dead:
+        for name in ("synchronize", "copy", "fetch", "trim", "free_memory", "event"):
+            dead.setattr(driver, name, lost)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            greedy(model, ids)
+        with pytest.raises(RuntimeError, match="illegal memory access") as raised:
+            moebius.unpatch(model)
+    assert "the model is unpatched and has its experts" in raised.value.__notes__[0]
+    assert not moebius.is_patched(model)
+    helpers.assert_same_weights(model, before)
+    assert greedy(model, ids) == want
+    assert not driver.registered
+    assert set(threading.enumerate()) <= threads
+    with patched(model, device="cpu"):
+        assert greedy(model, ids) == want
+
+
+def test_experts_whose_own_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a module without weights where those were on the device that no longer takes them back."""
+    model = helpers.trained()
+    before, calls, real = helpers.weights(model), iter(range(10**6)), HeldWeights._unpack
+    moebius.patch(model, device="cpu")
+
+    def unpack(self: HeldWeights, *arguments: Any) -> dict[str, torch.Tensor]:
+        if next(calls) % 2 == 0:  # where they were, which fails; then in host memory
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(HeldWeights, "_unpack", unpack)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        moebius.unpatch(model)
+    assert not moebius.is_patched(model)
+    helpers.assert_same_weights(model, before)
+
+
 def test_nothing_is_allocated_while_generating(opened: Open) -> None:
     """Catches device memory, pinned memory, pages or events that are asked for on the decode path, and a layer that
     crosses to the host or back more than once."""
@@ -175,7 +223,7 @@ def test_cycles_give_pages_and_memory_back(opened: Open, refuses: bool) -> None:
             assert greedy(model, ids) == want
             moebius.resize(model, gpu_memory=0.25)
             assert greedy(model, ids) == want
-            assert len(driver.alive) == 4 + BUFFERS * refuses, "one pool, what crosses, and the ring"
+            assert len(driver.alive) == 5 + BUFFERS * refuses, "one pool, what crosses, and the ring"
             assert len(driver.registered) == (0 if refuses else 2)
         assert not driver.alive
         assert not driver.registered

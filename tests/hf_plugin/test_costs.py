@@ -93,7 +93,7 @@ def test_launch_times_refine_the_gpu_cost():
         tier, tokens = runtime.tiers[0], np.array([2, 1])
         tier.device, tier.costs.gpu = torch.device("cuda"), ExpertCost.line(11.0, 1.0)
         for _ in range(100):
-            tier.launches = deque([Ran(0, Finished(230.0), tokens), Ran(0, Finished(None), tokens)])
+            tier.launches = deque([Ran(0, Finished(us), np.zeros(len(tokens)), tokens) for us in (230.0, None)])
             before = runtime.counters[0].gpu_ms
             runtime.count_launches(tier)
             assert runtime.counters[0].gpu_ms - before == pytest.approx(0.230)

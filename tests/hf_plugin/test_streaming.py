@@ -81,7 +81,7 @@ def test_heaviest_first() -> None:
     x, routes = make_step(8)
     share = start(cache, x, routes)
     share.finish()
-    counts = np.concatenate([np.sort(launched.tokens)[::-1] for launched in share.launched])
+    counts = np.concatenate([np.sort(launched.computed)[::-1] for launched in share.launched])
     assert (np.diff(counts) <= 0).all()
     cache.finish(0)
 

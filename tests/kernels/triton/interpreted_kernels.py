@@ -23,7 +23,7 @@ from moebius.kernels.triton.config import (
 )
 from moebius.kernels.triton.decode import decode
 from moebius.kernels.triton.prefill import prefill, product_type
-from moebius.kernels.triton.tables import pair_table, tile_table
+from moebius.kernels.triton.tables import pair_table, sender, tile_table
 from tests.kernels.triton.cases import ACTIVATIONS, Case, error, make_case, random_ids
 
 assert INTERPRETED
@@ -38,14 +38,14 @@ CODED = (
 
 
 def run_decode(case: Case) -> torch.Tensor:
-    table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
+    table = pair_table(case.routes, case.slots, len(case.x), sender(case.x.device))
     return decode(case.spec, case.layout, case.pool, case.x, table, DECODE_TILES[case.layout.code])
 
 
 def run_prefill(case: Case) -> torch.Tensor:
-    table = pair_table(case.routes, case.slots, len(case.x), case.x.device)
+    table = pair_table(case.routes, case.slots, len(case.x), sender(case.x.device))
     tile = PREFILL_TILES[case.layout.code]
-    tiles = tile_table(case.routes, case.slots, tile.pairs, case.x.device)
+    tiles = tile_table(case.routes, case.slots, tile.pairs, sender(case.x.device))
     return prefill(case.spec, case.layout, case.pool, case.x, table, tiles, tile)
 
 
