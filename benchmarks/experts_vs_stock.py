@@ -29,6 +29,8 @@ from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 
+MIXED = 0  # in the place of a number of tokens
+_HOT = 500  # tokens of the mixed batch that share top-k experts
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
@@ -62,17 +64,24 @@ def ours(layer: Qwen3MoeExperts, format: str, executor: CpuExecutor) -> Call:
     return call
 
 
+def draw(experts: int, tokens: int, top_k: int) -> torch.Tensor:
+    """Random ids [T, k]; for MIXED, 500 tokens on k of the experts and one on each of the others."""
+    if tokens != MIXED:
+        return torch.rand(tokens, experts).topk(top_k).indices
+    order = torch.randperm(experts)
+    return torch.cat([order[:top_k].expand(_HOT, top_k), order[top_k:].view(-1, top_k)])
+
+
 def measure(variants: dict[str, Call], shape: tuple[int, int, int, int], tokens: int, blocks: int) -> dict[str, list]:
     """Milliseconds of every call, by variant; the first block warms up."""
     experts, hidden, _, top_k = shape
-    per_block = max(1, 16 // tokens)
+    per_block = max(1, 16 // (tokens or _HOT))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for block in range(blocks + 1):
         for name, call in variants.items():
             for repeat in range(per_block + 1):
-                x = torch.randn(tokens, hidden).bfloat16()
-                ids = torch.rand(tokens, experts).topk(top_k).indices
-                weights = torch.rand(tokens, top_k).bfloat16()
+                ids = draw(experts, tokens, top_k)
+                x, weights = torch.randn(len(ids), hidden).bfloat16(), torch.rand(ids.shape).bfloat16()
                 begun = perf_counter()
                 call(x, ids, weights)
                 if block and repeat:  # the first call of a block meets the other variant's threads, still spinning
@@ -83,7 +92,7 @@ def measure(variants: dict[str, Call], shape: tuple[int, int, int, int], tokens:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="128,2048,768,8", help="experts, hidden, intermediate, top-k")
-    parser.add_argument("--tokens", default="1,4,32,256")
+    parser.add_argument("--tokens", default="1,4,32,256", help="0: one token on most experts, 500 on each of top-k")
     parser.add_argument("--formats", default="bf16,int8,int4")
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

@@ -57,6 +57,7 @@ def unpack_codes(panel, here, rows, n, begin, end, element, vector):  # type: ig
             u, v = _numbers(source + (k // GROUP) * group_bytes(element), _zero_at(points, block), element)
             keep_group(target, mul(u, scale), mul(v, scale), vector)
             target += GROUP * size_of(vector)
+    return panel, PITCH
 
 
 @helper

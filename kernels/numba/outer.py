@@ -181,36 +181,41 @@ def make_tile(fours: int) -> Any:
         return types.void(types.int64, sums, types.boolean), codegen
 
     @intrinsic
-    def step(typingctx, sums, w, x, vector):  # type: ignore[no-untyped-def]
-        """A piece of each row of the tile times that of all vectors, added to the sums."""
+    def step(typingctx, sums, w, pitch, x, vector):  # type: ignore[no-untyped-def]
+        """A piece of each row of the tile, `pitch` bytes apart, times that of all vectors, added to the sums."""
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            result, (w, x) = cgutils.unpack_tuple(builder, args[0]), args[1:3]
+            result, (w, pitch, x) = cgutils.unpack_tuple(builder, args[0]), args[1:4]
             kind = _FLOATS if vector == types.float32 else _WORDS
             columns = [builder.load(_at(builder, x, _FOUR * four, kind), align=LINE) for four in range(fours)]
             for row in range(_rows(fours)):
-                piece = builder.load(_at(builder, w, PITCH * row, ir.VectorType(kind.element, 4)), align=16)
+                here = builder.add(w, builder.mul(pitch, _I64(row)))
+                piece = builder.load(_at(builder, here, 0, ir.VectorType(kind.element, 4)), align=2)
                 every = builder.shuffle_vector(piece, piece, ir.Constant(_WORDS, [lane % 4 for lane in range(LANES)]))
                 for four, column in enumerate(columns):
                     place = row * fours + four
                     result[place] = multiply_add(builder, every, column, result[place])
             return context.make_tuple(builder, sums, result)
 
-        return sums(sums, types.int64, types.int64, vector), codegen
+        return sums(sums, types.int64, types.int64, types.int64, vector), codegen
 
     @helper
-    def tile(panel, x, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
-        address, ask, turn, turns = ahead
+    def tile(panel, pitch, x, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
+        address, count, turn, turns = ahead
+        share = PANEL_ROWS * turns
+        each = (count * rows() + share * lines - 1) // (share * lines)
         for row in range(0, PANEL_ROWS, rows()):
-            place = PANEL_ROWS * turn + row
-            first, last = ask * place // (PANEL_ROWS * turns), ask * (place + rows()) // (PANEL_ROWS * turns)
+            done = PANEL_ROWS * turn + row
+            asked, end = address + LINE * (count * done // share), address + LINE * (count * (done + rows()) // share)
             sums = nothing()
             for line in range(lines):
-                for index in range(ask * line + first, ask * line + last):
-                    prefetch_later(address + LINE * index)
-                w, y = panel + PITCH * row + LINE * line, x + X_LINE * line
+                stop = min(asked + LINE * each, end)
+                while asked < stop:
+                    prefetch_later(asked)
+                    asked += LINE
+                w, y = panel + pitch * row + LINE * line, x + X_LINE * line
                 for number in range(STEPS):
-                    sums = step(sums, w + 16 * number, y + LINE * number, vector)
+                    sums = step(sums, w + 16 * number, pitch, y + LINE * number, vector)
             put(target + LINE * row, sums, fresh)
 
     return tile
@@ -220,17 +225,17 @@ _tile4, _tile8, _tile12, _tile16 = (make_tile(fours) for fours in (1, 2, 3, 4))
 
 
 @helper
-def multiply_block(panel, x, count, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
+def multiply_block(panel, pitch, x, count, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
     """Add (`fresh`: write) the products of a panel and `count` of sixteen packed vectors to fp32 [16 rows, 16].
 
-    `lines` is the length of rows. `ahead` is memory to ask for on the way, cache lines of it beside each line, and
-    which of how many calls that share the asking this is.
+    Rows are `lines` long and `pitch` bytes apart. `ahead` is memory to ask for on the way, in ascending order as the
+    processor's own prefetching likes it, its cache lines, and which of how many calls that share it this is.
     """
     if count > 12:
-        _tile16(panel, x, lines, target, fresh, ahead, vector)
+        _tile16(panel, pitch, x, lines, target, fresh, ahead, vector)
     elif count > 8:
-        _tile12(panel, x, lines, target, fresh, ahead, vector)
+        _tile12(panel, pitch, x, lines, target, fresh, ahead, vector)
     elif count > 4:
-        _tile8(panel, x, lines, target, fresh, ahead, vector)
+        _tile8(panel, pitch, x, lines, target, fresh, ahead, vector)
     else:
-        _tile4(panel, x, lines, target, fresh, ahead, vector)
+        _tile4(panel, pitch, x, lines, target, fresh, ahead, vector)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from moebius.kernels.numba import amx, words
 from moebius.kernels.numba.amx import only_with_tiles
 from moebius.kernels.numba.bfloats import width_of
-from moebius.kernels.numba.outer import LINE, PANEL_ROWS, PITCH, SUMS, X_LINE
+from moebius.kernels.numba.outer import LINE, PANEL_ROWS, SUMS, X_LINE
 from moebius.kernels.numba.simd import LANES, prefetch
 from moebius.kernels.numba.units import word
 
@@ -40,7 +40,7 @@ def packs_by_sixteen(vector):  # type: ignore[no-untyped-def]
 
 
 @only_with_tiles
-def multiply_tiles(panel, x, x_pitch, lines, blocks, target, fresh, ahead, ask):  # type: ignore[no-untyped-def]
+def multiply_tiles(panel, pitch, x, x_pitch, lines, blocks, target, fresh, ahead, ask):  # type: ignore[no-untyped-def]
     """Add (`fresh`: write) the products of a panel in bf16 to fp32 [blocks, 16 rows, 16] at `target`.
 
     Sixteen vectors and the next are `x_pitch` bytes apart; `ahead` is memory to ask for on the way, `ask` cache lines
@@ -65,7 +65,7 @@ def multiply_tiles(panel, x, x_pitch, lines, blocks, target, fresh, ahead, ask):
                 for index in range(ask * line, ask * (line + 1)):
                     prefetch(ahead + LINE * index)
             z = y + X_LINE * line
-            amx.load(4, panel + LINE * line, PITCH)
+            amx.load(4, panel + LINE * line, pitch)
             amx.load(5, z, LINE)
             amx.dot_bf16(0, 4, 5)
             if count > 1:

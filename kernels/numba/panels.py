@@ -1,9 +1,10 @@
 """Experts with many pairs: blocks of sixteen rows times all of an expert's vectors, in the register tiles of `outer`.
 
-Weights of every format are unpacked into a *panel*: sixteen rows of up to 2048 bytes of fp32 or bf16, zeros beyond the
-end of a row. Vectors are *packed* by sixteen pairs, in pieces (see `outer`; for AMX see `outer_tiles`), zeros beyond
-the last column, which is a multiple of 32. Products are in bf16 where weights are no finer, the caller's inputs are
-bf16 and the processor multiplies it; in fp32 elsewhere.
+Weights are unpacked into a *panel*: sixteen rows of up to 2048 bytes of fp32 or bf16, zeros beyond the end of a row.
+Those that are stored in the type of the products, in rows that need no zeros, are multiplied where they lie. Vectors
+are *packed* by sixteen pairs, in pieces (see `outer`; for AMX see `outer_tiles`), zeros beyond the last column, which
+is a multiple of 32. Products are in bf16 where weights are no finer, the caller's inputs are bf16 and the processor
+multiplies it; in fp32 elsewhere.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from moebius.kernels.numba.units import (
     bias_at,
     combine,
     entry_of,
+    has_many,
     inner_of,
     packed_of,
     part,
@@ -70,7 +72,9 @@ def _columns(vector):  # type: ignore[no-untyped-def]
 
 @helper
 def pack_inputs(job, layer, active, vector):  # type: ignore[no-untyped-def]
-    """Pack the inputs of all pairs of an expert."""
+    """Pack the inputs of all pairs of an expert, if it has many."""
+    if not has_many(job, active):
+        return
     kind = word(job, words.SOURCE_KIND)
     if kind == 0:
         _pack_inputs(job, layer, active, _F32, vector)
@@ -112,8 +116,13 @@ def _copy(target, source, count, element, vector):  # type: ignore[no-untyped-de
 
 @helper
 def unpack_floats(panel, here, rows, n, begin, end, element, vector):  # type: ignore[no-untyped-def]
-    """Columns begin..end of up to sixteen rows of floats, the first of which lies at here[0], into a panel."""
+    """Columns begin..end of up to sixteen rows of floats, the first of which lies at here[0], into a panel.
+
+    Where they can be multiplied as they lie, they stay there: so memory is read while products are computed.
+    """
     size, width = size_of(element), width_of(vector)
+    if rows == PANEL_ROWS and n % PADDING == 0 and size == size_of(vector):
+        return here[0] + size * begin, size * n
     for row in range(PANEL_ROWS):
         source, target = here[0] + size * n * min(row, rows - 1), panel + PITCH * row
         whole, stop = end - (end - begin) % width, begin + _padded(end - begin)
@@ -124,6 +133,7 @@ def unpack_floats(panel, here, rows, n, begin, end, element, vector):  # type: i
         for k in range(whole, stop, width):
             keep(target, take_first(source + size * k, max(end - k, 0), element, vector))
             target += LINE
+    return panel, PITCH
 
 
 @helper
@@ -171,7 +181,8 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
     Args:
         place: (layer, matrix, expert, row, n, element) to the addresses of a row's weights and scales.
         row_bytes: (n, element) to the bytes of both.
-        unpack: (panel, here, rows, n, begin, end, element, vector) brings columns of rows into a panel.
+        unpack: (panel, here, rows, n, begin, end, element, vector) brings columns of rows into a panel, if need be;
+            returns where they lie then, and how many bytes apart.
     """
 
     @helper
@@ -187,14 +198,14 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
         for offset in range(0, PANEL_ROWS * scales, LINE):
             prefetch_later(then[1] + offset)
         for begin in range(0, n, width):
-            unpack(panel, here, rows, n, begin, min(begin + width, n), element, vector)
+            w, pitch = unpack(panel, here, rows, n, begin, min(begin + width, n), element, vector)
             lines, skip = _padded(min(width, n - begin)) // line, begin // line
             ahead, y, fresh = then[0] + LINE * ask * skip, x + X_LINE * skip, begin == 0
-            if line > LANES and multiply_tiles(panel, y, x_pitch, lines, blocks, target, fresh, ahead, ask):
+            if line > LANES and multiply_tiles(w, pitch, y, x_pitch, lines, blocks, target, fresh, ahead, ask):
                 continue
             for block in range(blocks):
                 z, sums, count = y + block * x_pitch, target + SUMS * block, min(LANES, pairs - LANES * block)
-                multiply_block(panel, z, count, lines, sums, fresh, (ahead, ask, block, blocks), vector)
+                multiply_block(w, pitch, z, count, lines, sums, fresh, (ahead, ask * lines, block, blocks), vector)
 
     @helper
     def expand(job, layer, active, start, then, element, bias, vector):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from moebius.kernels.numba import words
 from moebius.kernels.numba.jit import helper
 from moebius.kernels.numba.memory import peek, poke, reserve, size_of, widen
 from moebius.kernels.numba.simd import LANES, load, store
-from moebius.kernels.numba.tiles import dot1x1, dot2x4
+from moebius.kernels.numba.tiles import dot1x1, dot1x4
 from moebius.kernels.numba.units import ROWS, activate, add_output, entry_of, inner_of, input_of, part, slot_of, word
 
 FEW = 4  # pairs that pass over a block of rows together
@@ -91,15 +91,12 @@ def multiply(matrix, after, rows, n, x, pairs, target, element):  # type: ignore
     x0, x1, x2, x3 = x
     row_bytes = n * size_of(element)
     leap = (_AHEAD + row_bytes - 1) // row_bytes  # rows
-    if pairs == 1:
-        for row in range(rows):
-            ahead = matrix + (row + leap) * row_bytes if row + leap < rows else after + (row + leap - rows) * row_bytes
-            poke(target + 4 * row, dot1x1(matrix + row * row_bytes, x0, n, ahead, element))
-        return
-    for row in range(0, rows, 2):
-        w0, w1 = matrix + row * row_bytes, matrix + min(row + 1, rows - 1) * row_bytes
-        ahead = w0 + leap * row_bytes if row + leap < rows else after + (row + leap - rows) * row_bytes
-        y = dot2x4(w0, w1, x0, x1, x2, x3, n, ahead, element)
-        for j in range(FEW):
-            poke(target + j * _PITCH + 4 * row, y[j])
-            poke(target + j * _PITCH + 4 * min(row + 1, rows - 1), y[4 + j])
+    for row in range(rows):
+        w = matrix + row * row_bytes
+        ahead = w + leap * row_bytes if row + leap < rows else after + (row + leap - rows) * row_bytes
+        if pairs == 1:
+            poke(target + 4 * row, dot1x1(w, x0, n, ahead, element))
+        else:
+            y = dot1x4(w, x0, x1, x2, x3, n, ahead, element)
+            for j in range(FEW):
+                poke(target + j * _PITCH + 4 * row, y[j])

@@ -70,6 +70,7 @@ def unpack_codes(panel, here, rows, n, begin, end, element, vector):  # type: ig
                 first_codes, second_codes = first_half(place, element), second_half(place, element)
                 keep_group(target, mul(first_codes, factor), mul(second_codes, factor), vector)
                 target += GROUP * size_of(vector)
+    return panel, PITCH
 
 
 @helper

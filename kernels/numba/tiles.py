@@ -1,8 +1,8 @@
 """Dot products of matrix rows with one or four vectors: the inner loops for experts with few pairs in float formats.
 
 All operands are addresses: rows of n stored elements, vectors of n fp32. Each (row, vector) pair is summed in an order
-that depends on n alone, so a result depends neither on its neighbours in the tile nor on the number of threads.
-`ahead` is where the memory lies that will be needed some microseconds later, as long as the tile's rows.
+that depends on n alone, so a result depends neither on its neighbours nor on the number of threads.
+`ahead` is where the memory lies that will be needed some microseconds later, as long as the row.
 """
 
 from __future__ import annotations
@@ -48,31 +48,37 @@ def dot1x1(w, x, n, ahead, element):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _step2x4(a, w0, w1, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
-    a00, a01, a02, a03, a10, a11, a12, a13 = a
-    a00, a01, a02, a03 = fma(w0, x0, a00), fma(w0, x1, a01), fma(w0, x2, a02), fma(w0, x3, a03)
-    a10, a11, a12, a13 = fma(w1, x0, a10), fma(w1, x1, a11), fma(w1, x2, a12), fma(w1, x3, a13)
-    return a00, a01, a02, a03, a10, a11, a12, a13
+def _step1x4(a, w, x0, x1, x2, x3):  # type: ignore[no-untyped-def]
+    a0, a1, a2, a3 = a
+    return fma(w, x0, a0), fma(w, x1, a1), fma(w, x2, a2), fma(w, x3, a3)
 
 
 @helper
-def dot2x4(w0, w1, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-untyped-def]
-    """Two rows, four vectors: still bound by memory. Result 4 * i + j is row i times vector j."""
-    size, z = size_of(element), zeros()
-    a = (z, z, z, z, z, z, z, z)
-    whole = n - n % LANES
-    for k in range(0, whole, LANES):
-        _prefetch(ahead + 2 * size * k, 2 * size * LANES)
-        a = _step2x4(
-            a, load(w0 + size * k, element), load(w1 + size * k, element),
+def dot1x4(w, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-untyped-def]
+    """One row, four vectors, two sums each: with two rows at once they and the vectors crowd the first-level cache.
+
+    On two cores of a Zen 5: 42 GB/s of bf16 rows, where a plain read gets 43 and two rows at once 38.
+    """
+    size, step, z = size_of(element), 2 * LANES, zeros()
+    a, b = (z, z, z, z), (z, z, z, z)
+    unrolled = n - n % step
+    for k in range(0, unrolled, step):
+        j = k + LANES
+        _prefetch(ahead + size * k, size * step)
+        a = _step1x4(
+            a, load(w + size * k, element),
             load(x0 + 4 * k, _F32), load(x1 + 4 * k, _F32), load(x2 + 4 * k, _F32), load(x3 + 4 * k, _F32),
         )  # fmt: skip
-    if whole < n:
-        k, rest = whole, n - whole
-        a = _step2x4(
-            a, load_first(w0 + size * k, rest, element), load_first(w1 + size * k, rest, element),
+        b = _step1x4(
+            b, load(w + size * j, element),
+            load(x0 + 4 * j, _F32), load(x1 + 4 * j, _F32), load(x2 + 4 * j, _F32), load(x3 + 4 * j, _F32),
+        )  # fmt: skip
+    for k in range(unrolled, n, LANES):
+        rest = min(n - k, LANES)
+        a = _step1x4(
+            a, load_first(w + size * k, rest, element),
             load_first(x0 + 4 * k, rest, _F32), load_first(x1 + 4 * k, rest, _F32),
             load_first(x2 + 4 * k, rest, _F32), load_first(x3 + 4 * k, rest, _F32),
         )  # fmt: skip
-    b00, b01, b02, b03, b10, b11, b12, b13 = a
-    return total(b00), total(b01), total(b02), total(b03), total(b10), total(b11), total(b12), total(b13)
+    (a0, a1, a2, a3), (b0, b1, b2, b3) = a, b
+    return total(add(a0, b0)), total(add(a1, b1)), total(add(a2, b2)), total(add(a3, b3))

@@ -19,6 +19,7 @@ from moebius.kernels.numba.simd import LANES, add, fma, load, load_first, mul, s
 # Rows per unit: large enough that taking one (some 50 ns) does not show, small enough to balance 16 threads, and a
 # block of bf16 rows stays in the second-level cache while groups of pairs pass over it.
 ROWS = 32
+_MANY = 64  # pairs of a job whose intermediates displace one another in a second-level cache
 _I32, _I64, _F32, _ZERO = np.int32(0), np.int64(0), np.float32(0), np.float32(0)
 _W = words.WORD
 
@@ -69,7 +70,7 @@ def take_unit(job, layer):  # type: ignore[no-untyped-def]
     blocks = (word(layer, words.INTERMEDIATE) + ROWS - 1) // ROWS
     if unit < blocks * word(job, words.ACTIVE):
         return EXPAND, unit // blocks, ROWS * (unit % blocks)
-    start = columns_of(job) * (unit - blocks * word(job, words.ACTIVE))
+    start = first_column(job, layer, unit - blocks * word(job, words.ACTIVE))
     return (CONTRACT, 0, start) if start < word(layer, words.HIDDEN) else (NONE, 0, 0)
 
 
@@ -91,10 +92,28 @@ def report(job):  # type: ignore[no-untyped-def]
 
 
 @helper
-def columns_of(job):  # type: ignore[no-untyped-def]
-    """Output columns per unit: twice as many where arithmetic is the limit, since each unit reads all intermediates."""
-    active = word(job, words.ACTIVE)
-    return 2 * ROWS if entry_of(word(job, words.OFFSETS), active) >= 16 * active else ROWS
+def columns_of(job, layer, start):  # type: ignore[no-untyped-def]
+    """Output columns of the unit of phase 2 that begins at `start`.
+
+    Each unit reads all intermediates: where these are many, units are wide, and narrower at the end of the job, so
+    that threads end together.
+    """
+    if entry_of(word(job, words.OFFSETS), word(job, words.ACTIVE)) < _MANY:
+        return ROWS
+    return 4 * ROWS if start < _wide_units(layer) * 4 * ROWS else 2 * ROWS
+
+
+@helper
+def first_column(job, layer, unit):  # type: ignore[no-untyped-def]
+    """First output column of a unit of phase 2, HIDDEN or more beyond the last."""
+    if entry_of(word(job, words.OFFSETS), word(job, words.ACTIVE)) < _MANY:
+        return ROWS * unit
+    return 2 * ROWS * (unit + min(unit, _wide_units(layer)))
+
+
+@helper
+def _wide_units(layer):  # type: ignore[no-untyped-def]
+    return word(layer, words.HIDDEN) // (8 * ROWS)
 
 
 @helper

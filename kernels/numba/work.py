@@ -55,7 +55,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
     @helper
     def contract(job, layer, start, following, element, bias, pairs):  # type: ignore[no-untyped-def]
         """Output columns from `start` on of all experts, in ascending order; then come those from `following` on."""
-        stop, active = min(start + columns_of(job), word(layer, words.HIDDEN)), word(job, words.ACTIVE)
+        stop, active = min(start + columns_of(job, layer, start), word(layer, words.HIDDEN)), word(job, words.ACTIVE)
         for i in range(active):
             then = (i + 1, start) if i + 1 < active else (0, following)
             if not has_many(job, i):

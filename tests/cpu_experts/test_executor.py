@@ -103,6 +103,18 @@ def test_result_is_bitwise_independent_of_threads(
             assert torch.equal(_run(executor, store, x, routes), one)
 
 
+@pytest.mark.parametrize("hidden", [256, 300, 544, 1000])
+def test_wide_units_cover_every_output_column_once(executors: dict[int, CpuExecutor], hidden: int) -> None:
+    """Bug: a gap or an overlap where the units of many pairs become narrower."""
+    store = random_store(ExpertSpec(hidden, 64), "bf16", 3)
+    x = torch.randn(40, hidden, generator=torch.Generator().manual_seed(4)).bfloat16()
+    routes, out = build_routes(np.tile([0, 2], (40, 1)), np.ones((40, 2), np.float32), 3), torch.zeros(40, hidden)
+    bound = 2**-8 * size_of_sums(store, x, routes) + 1e-5
+    for executor in executors.values():
+        result = _run(executor, store, x, routes)
+        assert ((result.double() - expected(store, x, routes, out)).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("tokens", [2, 5, 8, 11, 70])
 def test_result_is_bitwise_independent_of_token_order(
