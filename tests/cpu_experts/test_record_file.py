@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moebius.cpu_experts import record_writer
+from moebius.cpu_experts.direct_reads import DirectReads
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.kernels.experts import RECORD_ALIGNMENT, RecordLayout
@@ -68,6 +72,33 @@ def test_read_is_what_was_written(good: Path) -> None:
         file.verify(name)
         assert all(torch.equal(tensor, extras[key]) for key, tensor in file.extras(name).items())
     assert not os.access(good, os.W_OK) or os.getuid() == 0
+
+
+def pages(nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("refusal", ["open", "preadv", None])
+def test_direct_reads(refusal: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records at odd places of pages, of the file or of memory; a file system that refuses direct reads."""
+    path = tmp_path / "x"
+    data = torch.randint(0, 256, (5 * 4096 + 100,), dtype=torch.uint8)
+    path.write_bytes(data.numpy().tobytes())
+
+    def refuse(*args: Any) -> NoReturn:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with path.open("rb") as file, monkeypatch.context() as context:
+        if refusal == "open":
+            context.setattr(os, "open", refuse)
+        reads = DirectReads(file.fileno(), path)
+        if refusal == "preadv":
+            context.setattr(os, "preadv", refuse)
+        for offset, count, shift in [(4096, 8192, 0), (4096, 8192, 64), (64, 128, 0), (4000, 9000, 0), (20000, 580, 8)]:
+            target = pages(12288)[shift : shift + count]
+            assert reads.read(offset, target.numpy()) is (refusal is None)
+            assert torch.equal(target, data[offset : offset + count]) is (refusal is None)
+        assert not reads.read(20000, pages(1000).numpy()), "past the end"
 
 
 def test_an_unfinished_file_has_no_name(tmp_path: Path) -> None:
