@@ -63,7 +63,7 @@ class LRU(ValuedPolicy):
 
 
 class Static(ValuedPolicy):
-    """The experts used most in the first 1024 steps of each layer; nothing moves afterwards."""
+    """The experts used most in the first 1024 steps of each layer; what is read on demand afterwards is a guest."""
 
     rule = Rule(COUNT, frozen_after=1024)
 

@@ -25,7 +25,7 @@ class Rule:
         paired: whether to count which experts follow which.
         linked: whether to learn what the experts of the layers before say.
         learned: whether the weights are learned online.
-        frozen_after: steps of a layer after which values and slots stay as they are, 0 for never.
+        frozen_after: steps of a layer after which values stay as they are, 0 for never.
         per_layer: whether each layer has its share of the slots, instead of all competing for all.
     """
 

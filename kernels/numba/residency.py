@@ -20,7 +20,7 @@ RECENCY, COUNT, FEATURES = 0, 1, 2
 ADMIT, PREFETCH, DEMAND = 0, 1, 2
 
 # rules int64: kind; whether weights are learned; whether pairs are counted; whether other layers are listened to; steps
-# of a layer after which nothing moves (0: never); whether each layer has slots of its own.
+# of a layer after which values stay as they are (0: never); whether each layer has slots of its own.
 KIND, LEARNED, PAIRED, LINKED, FROZEN_AFTER, PER_LAYER = range(6)
 RULES = 6
 # facts float64: price of an upload in misses; share of a layer's experts that a step uses, followed.
@@ -285,8 +285,6 @@ def select(state, table, layer, experts, chances, reason):  # type: ignore[no-un
     rules, _, base, shares, steps, value, kept = state[:7]
     keys, states, pins = table
     slots = np.full(len(experts), np.int32(-1))
-    if rules[FROZEN_AFTER] > 0 and steps[layer] > rules[FROZEN_AFTER]:
-        return slots
     begin, end = (shares[layer], shares[layer + 1]) if rules[PER_LAYER] else (0, len(keys))
     by_value = reason != PREFETCH and rules[KIND] != RECENCY
     for i in _most_wanted_first(value, base[layer], experts, chances, by_value):

@@ -142,6 +142,21 @@ def test_static_keeps_what_it_learned_first():
     assert set(np.argsort(-weights[0])[:3].tolist()) <= set(kept)
 
 
+def test_a_guest_of_static_leaves_again():
+    """Demand that is refused, for which a tier that reads from a file waits for ever; a guest that stays for good."""
+    rng = np.random.default_rng(3)
+    weights = np.arange(16)[None] * 2.0
+    policy, table = make_policy("static", [16]), SlotTable([16], 4)
+    drive(policy, table, draw(rng, 1100, 1, 16, 2, weights))
+    kept = sorted(table.key_of.tolist())
+    assert kept == [12, 13, 14, 15]
+    guest = np.array([0], np.int32)
+    assert load(table, 0, guest, policy.place(table, 0, guest, Reason.DEMAND)) == 1
+    assert sorted(table.key_of.tolist()) == [0, 13, 14, 15]
+    assert drive(policy, table, draw(rng, 300, 1, 16, 2, weights))[1] == 1
+    assert sorted(table.key_of.tolist()) == kept
+
+
 @pytest.mark.parametrize("name", ["default", "ema", "lru"])
 def test_prefetch_needs_a_chance_above_break_even(name):
     """At r = 1/2 a prefetch pays from probability 1/3; below, it costs more than it saves."""
