@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import takewhile
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,8 @@ def render(stats: Stats) -> str:
         for cache in stats.caches:
             size = f"{cache.slots} slots, {cache.cache_bytes / 2**20:.1f} MiB"
             console.print(f"{cache.device}: {cache.layers} layers, {size}", markup=False, highlight=False)
+    for cache in stats.caches:
+        console.print(_costs(cache.costs), markup=False, highlight=False)
     if stats.sums.disk_reads:
         console.print(_disk(stats.sums), markup=False, highlight=False)
     for note in stats.notes:
@@ -60,6 +63,15 @@ def table(stats: Stats) -> Table:
     result.add_section()
     result.add_row(*_row(stats.sums, "sum"), style="bold")
     return result
+
+
+def _costs(costs: dict[str, Any]) -> str:
+    found = (("CPU", costs["cpu_us"][0]), ("GPU", costs["gpu_us"][0]), ("upload", costs["upload_us"]))
+    parts = []
+    for name, us in found:
+        error = costs[f"{name.lower()}_error"]
+        parts.append(f"{name} {us:.0f} us" + ("" if error is None else f" (off by {100 * error:.0f} %)"))
+    return f"expected of an expert with one token: {', '.join(parts)}"
 
 
 def _disk(sums: LayerStats) -> str:

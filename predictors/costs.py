@@ -26,16 +26,32 @@ _MEMORY = 0.05  # weight of a new observation: about the last 20 calls count
 
 
 @dataclass(slots=True)
+class Error:
+    """How far predicted times were from measured ones: the mean of |predicted / measured - 1|, of late above all."""
+
+    mean: float = 0.0
+    seen: int = 0
+
+    def add(self, predicted: float, measured: float) -> None:
+        """Count a prediction; one of nothing, or of what took no time, is none."""
+        if predicted > 0 and measured > 0:
+            self.seen += 1
+            self.mean += max(_MEMORY, 1 / self.seen) * (abs(predicted / measured - 1) - self.mean)
+
+
+@dataclass(slots=True)
 class ExpertCost:
     """Microseconds of one expert by its number of tokens: a curve that follows observations.
 
     Args:
         curve: at `KNOTS` tokens, float64, positive and without a fall; straight lines between, and beyond the last.
         start_us: what a call takes beside its experts.
+        error: of the calls observed, each predicted before it taught anything.
     """
 
     curve: np.ndarray
     start_us: float = 0.0
+    error: Error = field(default_factory=Error)
 
     @classmethod
     def measured(cls, tokens: Sequence[int], us: Sequence[float], start_us: float = 0.0) -> ExpertCost:
@@ -67,7 +83,8 @@ class ExpertCost:
 
     def observe(self, tokens: np.ndarray, took_us: float) -> None:
         """One call with experts of these numbers of tokens took `took_us`: the curve moves there, and not elsewhere."""
-        self.start_us = observe(_counts(tokens), took_us, _MEMORY, self.start_us, KNOTS, self.curve)
+        self.start_us, expected = observe(_counts(tokens), took_us, _MEMORY, self.start_us, KNOTS, self.curve)
+        self.error.add(expected, took_us)
 
 
 class Assignment(NamedTuple):
@@ -89,12 +106,14 @@ class CostModel:
         gpu: cost of a resident expert on the device.
         upload_us: microseconds to copy one expert to the device, beside the CPU's work.
         slowdown: factor by which copies slow the CPU's work down, at least 1: both read the host's memory.
+        upload_error: of the copies observed.
     """
 
     cpu: ExpertCost
     gpu: ExpertCost
     upload_us: float
     slowdown: float = 1.0
+    upload_error: Error = field(default_factory=Error)
     _rates: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.empty(RATES))
 
     def assign(self, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
@@ -126,13 +145,17 @@ class CostModel:
         Without copies this is the CPU's cost; with them, how much they slow it down.
         """
         if copying_us:
-            found = slowdown(self.cpu.call(tokens), took_us, copying_us)
+            alone_us = self.cpu.call(tokens)
+            beside_us = min(alone_us * self.slowdown, alone_us + copying_us * (1 - 1 / self.slowdown))
+            self.cpu.error.add(beside_us, took_us)
+            found = slowdown(alone_us, took_us, copying_us)
             self.slowdown += _MEMORY * (found - self.slowdown)
         else:
             self.cpu.observe(tokens, took_us)
 
     def observe_upload(self, took_us: float) -> None:
         """One expert's copy took `took_us`."""
+        self.upload_error.add(self.upload_us, took_us)
         self.upload_us += _MEMORY * (took_us - self.upload_us)
 
     @property
@@ -153,10 +176,15 @@ class CostModel:
         return float(KNOTS[-1] + (self.upload_us - self.cpu.curve[-1]) / slope) if slope > 0 else float("inf")
 
     def to_dict(self) -> dict[str, Any]:
-        """Microseconds of an upload and of an expert by tokens, an upload's price, the crossover (None: never)."""
+        """Microseconds of an upload and of an expert by tokens, an upload's price, the crossover (None: never).
+
+        With them the mean relative error of each, of predictions of late (None before the first).
+        """
         curves = {f"{name}_us": cost.curve.tolist() for name, cost in (("cpu", self.cpu), ("gpu", self.gpu))}
         crossover = self.crossover if np.isfinite(self.crossover) else None
-        facts = {"upload_us": self.upload_us, "slowdown": self.slowdown, "price": self.price}
+        facts: dict[str, Any] = {"upload_us": self.upload_us, "slowdown": self.slowdown, "price": self.price}
+        errors = (("cpu", self.cpu.error), ("gpu", self.gpu.error), ("upload", self.upload_error))
+        facts |= {f"{name}_error": error.mean if error.seen else None for name, error in errors}
         return facts | {"crossover_tokens": crossover, "tokens": KNOTS.tolist()} | curves
 
 

@@ -45,7 +45,7 @@ def costs(tokens, knots, curve):  # type: ignore[no-untyped-def]
     return found
 
 
-@entry("float64(int64[::1], float64, float64, float64, float64[::1], float64[::1])")
+@entry("UniTuple(float64, 2)(int64[::1], float64, float64, float64, float64[::1], float64[::1])")
 def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyped-def]
     """A call with experts of these numbers of tokens took so many microseconds: move the knots that expected another.
 
@@ -55,7 +55,7 @@ def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyp
         start: microseconds of a call beside its experts.
 
     Returns:
-        The new `start`.
+        The new `start`, and the microseconds expected.
     """
     share = np.zeros(len(knots))
     total = 0.0
@@ -71,13 +71,13 @@ def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyp
         share[last] += cost * right
         total += cost
     if total <= 0 or took <= 0:
-        return start
+        return start, 0.0
     change = memory * (min(max(took / (start + total), 0.1), 10.0) - 1)
     for i in range(len(knots)):
         curve[i] *= 1 + change * share[i] / total
         if i:
             curve[i] = max(curve[i], curve[i - 1])
-    return start * (1 + change * start / (start + total))
+    return start * (1 + change * start / (start + total)), start + total
 
 
 @helper

@@ -116,8 +116,12 @@ def test_costs_are_shown():
     with helpers.patched(model, **helpers.EMULATED | {"emulated_link": 0.1}):
         helpers.greedy(model, helpers.prompt(model, 1))
         _runtime(model).tiers[0].cache.drain()
-        stats = moebius.stats(model).to_dict()
+        table, stats = str(moebius.stats(model)), moebius.stats(model).to_dict()
     costs = stats["costs"]
+    assert costs["cpu_error"] > 0
+    assert costs["upload_error"] > 0
+    assert costs["gpu_error"] is None  # an emulated device's own speed is not compared with anything
+    assert f"upload {costs['upload_us']:.0f} us (off by {100 * costs['upload_error']:.0f} %)" in table
     assert costs["upload_us"] > 0
     assert costs["slowdown"] >= 1
     assert len(costs["tokens"]) == len(costs["cpu_us"]) == len(costs["gpu_us"])

@@ -69,6 +69,28 @@ def test_slowdown(took: float, copying: float, factor: float) -> None:
     assert slowdown(100.0, took, copying) == factor
 
 
+def test_errors_are_those_of_predictions_made_before() -> None:
+    """An error of what was just learned, one that never forgets, or one that hides what copies do to the CPU."""
+    model = CostModel(ExpertCost.line(100.0, 0.0), ExpertCost.line(50.0, 0.0), upload_us=80.0)
+    one = np.ones(1, int)
+    assert [model.to_dict()[f"{name}_error"] for name in ("cpu", "gpu", "upload")] == [None] * 3
+    model.observe_cpu(one, 200.0, copying_us=0.0)  # 100 were expected
+    assert model.to_dict()["cpu_error"] == pytest.approx(0.5)
+    expected = model.cpu.call(one)
+    model.observe_cpu(one, 80.0, copying_us=0.0)
+    assert model.cpu.error.mean == pytest.approx((0.5 + expected / 80 - 1) / 2)
+    rng = np.random.default_rng(0)
+    for factor in rng.choice([0.8, 1.25], 1000):
+        model.gpu.observe(one, 50.0 * factor)
+        model.observe_upload(80.0)
+        model.observe_cpu(one, 3 * model.cpu.call(one), copying_us=1e6)  # copies all along: three times as slow
+    assert model.gpu.error.mean == pytest.approx(0.225, abs=0.06)
+    assert model.upload_error.mean == 0.0
+    assert model.cpu.error.mean == pytest.approx(0.0, abs=1e-3)
+    model.observe_cpu(np.zeros(0, int), 100.0, copying_us=0.0)
+    assert model.cpu.error.seen == 1002
+
+
 def test_price_of_an_upload() -> None:
     """What the policy weighs admissions by: uploads in units of the CPU's time for an expert, never infinite."""
     model = CostModel(ExpertCost.line(100, 10), ExpertCost.line(20, 5), 150)
