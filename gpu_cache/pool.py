@@ -14,10 +14,7 @@ from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
 
-# Copies that the device has got cannot be withdrawn, and demand waits for them, so there are few: 16 MiB keep a 25 GB/s
-# link busy for 0.7 ms, about a layer; two at least, so that one follows the other without a gap.
-FLYING_BYTES = 16 << 20
-FLYING_COPIES = 2
+FLYING_COPIES = 2  # see `Device.flying_bytes`
 # Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
 
@@ -85,7 +82,7 @@ class Pool:
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
         self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
         half = max(1, slots // 2)
-        self._flying_limit = min(half, max(FLYING_COPIES, FLYING_BYTES // self.nbytes))
+        self._flying_limit = min(half, max(FLYING_COPIES, device.flying_bytes // self.nbytes))
         self._queued_limit = min(half, max(FLYING_COPIES, QUEUED_BYTES // self.nbytes))
 
     def collect(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,10 +119,10 @@ def run_layer(
 
 def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> torch.Tensor:
     runtime.counters[layer.index].misses += len(step.routes.tokens)
-    if step.question is not None:
-        _foresee(runtime, step.question, layer.index, step.ids)
     out = zeros(step.host_x, step.x.device)
-    _on_cpu(runtime, layer, step, np.ones(len(step.routes.experts), bool), out)
+    question = step.question  # there is one where experts are in a file, from which this step's are read first
+    foresee = _nothing if question is None else partial(_foresee, runtime, question, layer.index, step.ids)
+    _on_cpu(runtime, layer, step, np.ones(len(step.routes.experts), bool), out, foresee)
     return send(out, step.x.device).to(step.x.dtype)
 
 
@@ -191,14 +192,26 @@ def _parts(tier: Tier, pairs: np.ndarray, mine: np.ndarray) -> Iterator[np.ndarr
         yield part
 
 
-def _on_cpu(runtime: ModelRuntime, layer: PatchedLayer, step: Step, mine: np.ndarray, out: torch.Tensor) -> float:
-    """Add the experts of `mine` (bool [A]) to `out`; the seconds that took."""
+def _nothing() -> None:
+    pass
+
+
+def _on_cpu(
+    runtime: ModelRuntime,
+    layer: PatchedLayer,
+    step: Step,
+    mine: np.ndarray,
+    out: torch.Tensor,
+    meanwhile: Callable[[], None] = _nothing,
+) -> float:
+    """Add the experts of `mine` (bool [A]) to `out`; the seconds that took, and `meanwhile` with it."""
     count = np.count_nonzero(mine)
     if not count:
+        meanwhile()
         return 0.0
     routes = step.routes if count == len(mine) else select(step.routes, mine)
     begun = perf_counter()
-    runtime.on_cpu(layer, step.host_x, routes, out)
+    runtime.on_cpu(layer, step.host_x, routes, out, meanwhile)
     took = perf_counter() - begun
     runtime.counters[layer.index].cpu_ms += took * 1e3
     if runtime.timeline is not None:
@@ -237,4 +250,4 @@ def _merge(
 
 def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:
     assert runtime.lookahead is not None
-    runtime.lookahead.foresee(question, index, ids, runtime.tiers.get(index + 1), runtime.host)
+    runtime.lookahead.foresee(question, index, ids, runtime.tiers.get(index + 1))

@@ -23,7 +23,8 @@ from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.worker import Job, Signal, Worker
 from moebius.kernels.routes import Routes, select
 
-READERS = 4  # threads that read, since one read at a time does not keep a solid-state disk busy
+READERS = 2  # threads that read what a step waits for; one more reads ahead, so that no step stands behind guesses
+_MEMORY = 0.05  # weight of a new observation: about the last 20 reads count
 
 
 class HostDevice(Device):
@@ -34,11 +35,13 @@ class HostDevice(Device):
     """
 
     torch_device = torch.device("cpu")
+    flying_bytes = 0  # two records: a disk is slow
 
     def __init__(self, read: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         self._read = read
-        self._readers = [Worker("moebius-read") for _ in range(READERS)]
-        self._next = cycle(self._readers)
+        self._readers = [Worker("moebius-read") for _ in range(READERS + 1)]
+        self._ahead, *urgent = self._readers
+        self._next = cycle(urgent)
 
     def allocate(self, slots: int, nbytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -52,7 +55,7 @@ class HostDevice(Device):
             return target
 
         job = Job(work, () if after is None else (after,))
-        next(self._next).submit(job, first=urgent and (after is None or after.done()))
+        (next(self._next) if urgent else self._ahead).submit(job)
         return job.completion
 
     def finish_copies(self) -> None:
@@ -98,10 +101,23 @@ class HostTier:
         for number, store in enumerate(stores):
             memory = self.cache.memory(number)
             self._slots.append(ExpertStore(store.spec, store.layout, len(memory), memory))
+        self.read_us = 0.0  # microseconds of a read, of late above all; 0 before the first
+        self._missed = 0
         self.reset_stats()
 
-    def run(self, layer: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
+    def run(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        routes: Routes,
+        out: torch.Tensor,
+        meanwhile: Callable[[], None],
+    ) -> None:
         """As `CpuExecutor.run`, for experts of which some may have to be read first.
+
+        Args:
+            routes: of one expert at least.
+            meanwhile: called once, when the first reads have begun.
 
         Raises:
             ValueError: the file is damaged.
@@ -109,13 +125,22 @@ class HostTier:
         at_once: np.ndarray | None = None
         rest = routes
         while len(rest.experts):
-            done, hit = self._round(layer, x, rest, out)
+            done, hit = self._round(layer, x, rest, out, meanwhile if at_once is None else None)
             at_once = hit if at_once is None else at_once
             rest = select(rest, ~done)
         if at_once is not None:
-            self.hits[layer] += np.count_nonzero(at_once)
-            self.misses[layer] += np.count_nonzero(~at_once)
+            missed = int(np.count_nonzero(~at_once))
+            self.hits[layer] += len(at_once) - missed
+            self.misses[layer] += missed
+            self._missed += missed
             self.cache.used(layer, routes.experts, at_once)
+        for took_us in self.cache.copy_times():
+            self.read_us += _MEMORY * (took_us - self.read_us) if self.read_us else took_us
+
+    def take_misses(self) -> int:
+        """Experts that were not in memory when their step began, since the last call."""
+        missed, self._missed = self._missed, 0
+        return missed
 
     def read_ahead(self, layer: int, experts: np.ndarray) -> None:
         """Begin to read experts (int32 [n], distinct, likeliest first) that are foreseen for a coming layer."""
@@ -147,7 +172,14 @@ class HostTier:
         """Give memory and threads back. Idempotent."""
         self.cache.close()
 
-    def _round(self, layer: int, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _round(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        routes: Routes,
+        out: torch.Tensor,
+        meanwhile: Callable[[], None] | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Compute what is in memory while the others are read, then those, as they come, as far as slots allow.
 
         Returns:
@@ -158,12 +190,15 @@ class HostTier:
             slots = cache.lookup(layer, routes.experts)
             hit = slots >= 0
             slots[~hit] = cache.fetch(layer, routes.experts[~hit])
+            if meanwhile is not None:
+                meanwhile()
             if hit.any():
                 self._compute(layer, x, routes, slots, hit, out)
             for number in np.flatnonzero((slots >= 0) & ~hit):
                 begun = perf_counter()
                 cache.wait(layer, slots[number : number + 1])
                 self.stall_ms[layer] += (perf_counter() - begun) * 1e3
+                cache.arrived(layer, slots[number : number + 1])  # lets what is foreseen begin in its place
                 self._compute(layer, x, routes, slots, np.arange(len(slots)) == number, out)
         finally:
             cache.finish(layer)

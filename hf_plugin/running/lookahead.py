@@ -37,8 +37,10 @@ class Lookahead:
         predictor: what it looks at.
         experts: number of experts of each layer.
         gates: of each layer; a callable gives the gate, or None as long as or because it is not known.
+        host: the tier of host memory, if that is a cache of a file.
+        rests: whether it rests where it does not pay; not where a device's experts are read from a file, since what a
+            miss costs there has no single answer.
         habits: of each layer, from a profile; empty to start from nothing.
-        rests: whether it rests where it does not pay; not where experts are read from a file, which costs far more.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class Lookahead:
         predictor: Predictor,
         experts: Sequence[int],
         gates: Sequence[Callable[[], Gate | None]],
+        host: HostTier | None = None,
         rests: bool = True,
         habits: Sequence[Habits] = (),
     ) -> None:
         self._habits = habits
-        self._rests = rests
+        self._host, self._rests = host, rests
         self._predictor, self._experts, self._gates = predictor, list(experts), gates
         self._offsets = Offsets(len(experts)) if predictor.residual else None
         self.forecaster: Forecaster | None = None  # made when the number of experts per token is known
@@ -86,15 +89,12 @@ class Lookahead:
         asked = () if routing is None else (routing.ids,) if routing.scores is None else (routing.ids, routing.scores)
         return Question(tuple(tensor.to(x.device) for tensor in asked), perf_counter() - begun)
 
-    def foresee(
-        self, question: Question, layer: int, ids: np.ndarray, tier: Tier | None, host: HostTier | None
-    ) -> None:
+    def foresee(self, question: Question, layer: int, ids: np.ndarray, tier: Tier | None) -> None:
         """`layer` routed this step's tokens to `ids` [T, k]; bring in what the next layer is likely to lack.
 
         Args:
             question: with the answer in host memory.
             tier: of the next layer, None if it has none.
-            host: the tier of host memory, if that is a cache of a file.
         """
         begun = perf_counter()
         if self.forecaster is None:
@@ -109,13 +109,15 @@ class Lookahead:
             limit = max(1, int(self._gap_us / max(tier.costs.upload_us, _LITTLE_US)))
             least, slots = least_chance(tier.cache.price), tier.cache.slots_of(target)
             experts, chances = forecaster.advance(layer, ids, hint, slots, least, limit)
-            if len(experts) and self.on[target] and self.switch.awake:
+            if len(experts) and self._works(target):
                 tier.cache.prefetch(target, experts, chances)
-        elif host is not None:
-            least, slots = least_chance(_READ_PRICE), host.cache.slots_of(target)
-            forecaster.advance(layer, ids, hint, slots, least, self._experts[target])
-        if host is not None:
-            self._read_ahead(host, layer, len(ids))
+            if self._host is not None:
+                self._read_ahead(self._host, forecaster, layer, len(ids))
+        elif self._host is not None:
+            least, slots = least_chance(_READ_PRICE), self._host.cache.slots_of(target)
+            experts, _ = forecaster.advance(layer, ids, hint, slots, least, self._experts[target])
+            if len(experts) and self._works(target):
+                self._host.read_ahead(target, experts)
         end = perf_counter()
         took_s = end - begun + question.took_s
         self.spent_ms[layer] += took_s * 1e3
@@ -123,9 +125,11 @@ class Lookahead:
             self._issued = end
             self._spent.append(took_s * 1e6)
 
-    def _read_ahead(self, host: HostTier, layer: int, tokens: int) -> None:
-        assert self.forecaster is not None
-        chances = self.forecaster.forecast(layer, tokens)
+    def _works(self, layer: int) -> bool:
+        return self.switch.awake and self.on[layer]
+
+    def _read_ahead(self, host: HostTier, forecaster: Forecaster, layer: int, tokens: int) -> None:
+        chances = forecaster.forecast(layer, tokens)
         if chances is not None:
             likely = np.flatnonzero(chances >= least_chance(_READ_PRICE)).astype(np.int32)
             host.read_ahead(layer + 1, likely[np.argsort(-chances[likely], kind="stable")])
@@ -142,7 +146,7 @@ class Lookahead:
 
     def layer_stats(self, layer: int) -> dict[str, float]:
         """The predictor's part of `stats.LayerStats`."""
-        working = layer > 0 and self.switch.awake and self.on[layer]
+        working = layer > 0 and self._works(layer)
         found: dict[str, float] = {"prefetching": int(working), "predict_ms": self.spent_ms[layer]}
         if self.forecaster is not None:
             accuracy = self.forecaster.accuracy(layer)
@@ -164,23 +168,29 @@ class Lookahead:
 
     def _begin_token(self, tier: Tier | None) -> None:
         looked, self._looking = self._looking, self.switch.begin_token()
-        if self.switch.due and self.forecaster is not None and self._rests and tier is not None:
+        if self.switch.due and self.forecaster is not None and self._rests:
             self._judge(self.forecaster, tier)
         thread = threading.get_ident()
         if self.forecaster is not None and (not looked or thread != self._thread):
             self.forecaster.interrupt()  # other tokens came in between
         self._thread = thread
 
-    def _judge(self, forecaster: Forecaster, tier: Tier) -> None:
-        price, miss_us = tier.cache.price, max(tier.costs.cpu.call(np.ones(1)), _LITTLE_US)
+    def _judge(self, forecaster: Forecaster, tier: Tier | None) -> None:
         judged = forecaster.judged()
         right, wrong = (judged - self._judged).tolist()
         if self._spent:
             self._gap_us, self._cost_us = median(self._gaps or [0.0]), median(self._spent) * len(self._experts)
             self._gaps.clear()
             self._spent.clear()
-        in_time = len(self._experts) > 1 and self._gap_us >= tier.costs.upload_us
-        self.switch.judge(self._misses, right, wrong, price, miss_us, self._cost_us, in_time)
+        if tier is not None:
+            price, miss_us = tier.cache.price, tier.costs.cpu.call(np.ones(1))
+            in_time = len(self._experts) > 1 and self._gap_us >= tier.costs.upload_us
+        elif self._host is not None:  # a read that has begun is waited for less, if not in time
+            price, miss_us, in_time = _READ_PRICE, min(self._host.read_us, self._gap_us), len(self._experts) > 1
+            self._misses = self._host.take_misses()
+        else:
+            return
+        self.switch.judge(self._misses, right, wrong, price, max(miss_us, _LITTLE_US), self._cost_us, in_time)
         self._misses, self._judged = 0, judged
         least = least_chance(price)
         self.on = [not precision < least for precision in forecaster.precisions()]  # NaN as long as nothing is known

@@ -34,6 +34,8 @@ from moebius.kernels.routes import Routes
 from moebius.predictors.routing import PREDICTORS, Gate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moebius.hf_plugin.running.layer import PatchedLayer
 
 
@@ -79,7 +81,8 @@ class ModelRuntime:
         gates = [partial(_gate_of, self.layers, index) for index in range(len(self.layers))]
         experts = [store.num_experts for store in self.stores]
         habits = self.profile.habits if self.profile is not None else []
-        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host is None, habits)
+        rests = self.host is None or self.options.device == "cpu"
+        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host, rests, habits)
 
     # ---- lifetime
 
@@ -172,12 +175,20 @@ class ModelRuntime:
 
     # ---- work
 
-    def on_cpu(self, layer: PatchedLayer, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
-        """As `CpuExecutor.run` for a layer's experts, wherever they are kept."""
+    def on_cpu(
+        self,
+        layer: PatchedLayer,
+        x: torch.Tensor,
+        routes: Routes,
+        out: torch.Tensor,
+        meanwhile: Callable[[], None],
+    ) -> None:
+        """As `CpuExecutor.run` for a layer's experts, wherever they are kept; `meanwhile` is called while they come."""
         if self.host is None:
+            meanwhile()
             self.executor.run(layer.store, x, routes, out)
         else:
-            self.host.run(layer.index, x, routes, out)
+            self.host.run(layer.index, x, routes, out, meanwhile)
 
     def run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One call of a layer; see `dispatcher.run_layer`."""

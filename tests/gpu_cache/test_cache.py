@@ -12,7 +12,7 @@ import torch
 
 from moebius.gpu_cache import pool
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.gpu_cache.device import open_device
+from moebius.gpu_cache.device import Device, open_device
 from tests.gpu_cache.fake_device import CopyError, FakeDevice
 from tests.gpu_cache.layers import HIDDEN, expected, make_layers, one_token, some
 
@@ -157,7 +157,7 @@ def test_queued_bytes_are_bounded(monkeypatch):
 
 @pytest.fixture
 def one_copy_at_a_time(monkeypatch):
-    monkeypatch.setattr(pool, "FLYING_BYTES", 0)
+    monkeypatch.setattr(Device, "flying_bytes", 0)
     monkeypatch.setattr(pool, "FLYING_COPIES", 1)
     monkeypatch.setattr(pool, "QUEUED_BYTES", 1 << 20)
 

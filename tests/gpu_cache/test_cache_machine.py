@@ -11,7 +11,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moebius.gpu_cache import pool as pool_module
 from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Launch
 from moebius.gpu_cache.policy import Reason
@@ -37,12 +36,11 @@ class Machine(RuleBasedStateMachine):
         self.steps: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of each layer at work: experts, slots
         self.launches: list[tuple[Launch, torch.Tensor, list[Any]]] = []
         self.failures = 0
-        self.flying_bytes = pool_module.FLYING_BYTES
 
     @initialize(slots=st.integers(0, 5), flying_bytes=st.sampled_from([0, 1 << 20]))
     def open(self, slots: int, flying_bytes: int) -> None:
-        pool_module.FLYING_BYTES = flying_bytes  # 0: two copies at a time
         self.device = FakeDevice()
+        self.device.flying_bytes = flying_bytes  # 0: two copies at a time
         self.budget = SMALL + LARGE + slots * LARGE // 2
         self.cache = ExpertCache(self.device, LAYERS, self.budget)
 
@@ -181,7 +179,6 @@ class Machine(RuleBasedStateMachine):
         )
 
     def teardown(self) -> None:
-        pool_module.FLYING_BYTES = self.flying_bytes
         if not hasattr(self, "cache"):
             return
         for layer in self.steps:

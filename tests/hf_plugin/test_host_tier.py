@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import moebius
+from moebius.gpu_cache.policy import Static
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, prompt
@@ -70,6 +72,16 @@ def test_one_expert_in_memory(tmp_path: Path) -> None:
     assert moebius.stats(model).sums.disk_reads >= 16
 
 
+def test_experts_that_static_does_not_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that refuses what a step needs, once it has learned what to keep: the step waited for ever."""
+    monkeypatch.setattr(Static, "rule", replace(Static.rule, frozen_after=3))
+    stock = saved("qwen3_moe", tmp_path)
+    model = load(tmp_path, cpu_memory=0.25, cache_policy="static")
+    for seed in range(8):
+        ids = prompt(stock, 1, 8) + seed
+        assert_close(helpers.logits(model, ids), helpers.logits(stock, ids))
+
+
 def test_statistics_explain_the_rate(tmp_path: Path) -> None:
     """Every read is counted once, with its bytes; experts that were not read were in memory."""
     model = load(saved_only("qwen3_moe", tmp_path), cpu_memory=0.75, prefetch=False)
@@ -92,6 +104,7 @@ def saved_only(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("prefetching")
 def test_reads_ahead_what_the_next_layer_needs(tmp_path: Path) -> None:
     """Catches a tier on the CPU alone whose predictor is off."""
     model = load(saved_only("qwen3_moe", tmp_path))
@@ -100,6 +113,17 @@ def test_reads_ahead_what_the_next_layer_needs(tmp_path: Path) -> None:
     sums = moebius.stats(model).sums
     assert sums.read_ahead > 0
     assert sums.read_ahead_used > 0
+
+
+def test_reading_ahead_rests_where_reads_cost_less(tmp_path: Path) -> None:
+    """Records of 24 KB that are read in less time than a router takes to answer; statistics that do not say so."""
+    model = load(saved_only("qwen3_moe", tmp_path))
+    for token in range(70):
+        helpers.logits(model, torch.tensor([[token]]))
+    stats = moebius.stats(model)
+    assert stats.sums.prefetching == 0
+    assert any("prefetching rests: " in note for note in stats.notes)
+    assert stats.sums.forecasts > 0
 
 
 def test_the_file_is_written_once_and_found_again(tmp_path: Path, cache_folder: Path) -> None:

@@ -60,7 +60,7 @@ def run(lookahead: Lookahead, place: Any, tokens: int, seed: int = 0, batch: int
             question = lookahead.ask(layer, x, place)
             lookahead.missed(2)
             if question is not None:
-                lookahead.foresee(question, layer, ids, place, None)
+                lookahead.foresee(question, layer, ids, place)
         history.append(ids)
     return history
 
@@ -127,6 +127,23 @@ def test_a_layer_that_is_wrong_is_switched_off_and_on_again() -> None:
     run(lookahead, tier(cache), 320, seed=3)
     assert lookahead.layer_stats(1)["prefetching"] == 1
     assert len(cache.offered) > seen
+
+
+@pytest.mark.parametrize(("read_us", "gap_us", "awake"), [(400, 500, True), (1, 500, False), (400, 1, False)])
+def test_reading_ahead_pays_by_what_a_read_hides(read_us: float, gap_us: float, awake: bool) -> None:
+    """Catches a tier of a file that reads ahead whatever that costs, or that counts none of its misses."""
+    offered: list[int] = []
+    host: Any = SimpleNamespace(
+        cache=Cache(), read_us=read_us, take_misses=lambda: 100, read_ahead=lambda layer, experts: offered.append(layer)
+    )
+    lookahead = Lookahead(PREDICTORS["next_gate"], [E, E], [lambda: None, lambda: gate], host)
+    run(lookahead, None, 31)
+    assert not offered or awake
+    lookahead._spent[:], lookahead._gaps[:] = [20.0], [gap_us]
+    offered.clear()
+    run(lookahead, None, 8, seed=1)
+    assert bool(offered) is awake
+    assert set(offered) <= {1}
 
 
 def test_at_rest_it_measures_in_bursts() -> None:
