@@ -215,7 +215,7 @@ def merged(routing: np.ndarray, batch: int) -> list[list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("price", [0.25, 1.0, 3.0])
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize("make", [cyclic, phases, short_phases, uniform, one_hot], ids=lambda make: make.__name__)
 def test_default_is_never_far_worse_than_static(make, batch, price):
     """Routing without anything to learn, at which uploads are wasted; batches that use more than there are slots."""

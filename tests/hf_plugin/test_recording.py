@@ -81,6 +81,7 @@ def test_replay_repeats_what_live_execution_decided(policy: str, tmp_path: Path)
     moebius.unpatch(model)
     [log] = read_event_logs(tmp_path / "events.npz")
     assert {event.name for event in log.events} >= {"used", "place", "reserve", "publish", "pin", "unpin"}
+    assert sum(event.name == "used" for event in log.events) == 2 * 61, "a step of several tokens is one event"
     answers = log.repeat(make_policy(policy, log.experts))
     assert sum(int((slots >= 0).sum()) for slots in answers) > log.slots
     assert [slots.tolist() for slots in answers] == [slots.tolist() for slots in logs[0].placements]
