@@ -1,10 +1,12 @@
 """Loading a checkpoint: seconds beside a plain read of its files, peak memory, seconds to the first token.
 
-Generates a bf16 checkpoint of a given size, with a tensor per expert or with packed experts, and loads it in a process
-of its own for each variant and repetition, from a cold page cache, the variants in turn:
+Generates a checkpoint of a given size in bf16, and loads it in a process of its own for each variant and repetition,
+from a cold page cache, the variants in turn:
 
-    python benchmarks/loading.py --gigabytes 3 --folder /somewhere --json loading.json
+    python -m benchmarks.loading --gigabytes 3 --layout fp8 --folder /somewhere --json loading.json
 
+Layouts: `per-expert` (bf16, a tensor for each expert), `packed` (bf16, one for all), `fp8` (per expert, with scales of
+128 x 128 blocks, as DeepSeek and Qwen release them), `mxfp4` (packed blocks and scales, as gpt-oss has them).
 Variants: `read` (a plain read of the files), `stock`, `native`, `int8`, `int4` (streamed into memory), `converted`
 (int4, converted before, mapped) and `disk` (native, with memory for half of the experts; the file is written before).
 One variant at a time keeps a run short: --variants read,native.
@@ -31,52 +33,75 @@ import psutil
 
 VARIANTS = ("read", "stock", "native", "int8", "int4", "converted", "disk")
 LAYERS, EXPERTS, HIDDEN = 8, 32, 1024
+LAYOUTS = ("per-expert", "packed", "fp8", "mxfp4")
+QUANTIZATION = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+}
 _BLOCK = 16 << 20  # bytes of one read
 
 
-def generate(folder: Path, gigabytes: float, packed: bool) -> None:
-    """Write a checkpoint of about that size, layer by layer, in shards."""
+def generate(folder: Path, gigabytes: float, layout: str) -> None:
+    """Write a checkpoint that takes about that many bytes in bf16, layer by layer, in shards."""
     import torch
     from safetensors.torch import save_file
-    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    wide = max(32, round(gigabytes * 1e9 / (LAYERS * EXPERTS * 3 * HIDDEN * 2) / 32) * 32)
-    shape: dict[str, Any] = {
-        "hidden_size": HIDDEN, "intermediate_size": wide, "num_experts_per_tok": 4, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1024, "dtype": torch.bfloat16,
-    }  # fmt: skip
-    with torch.device("meta"):
-        if packed:
-            model: Any = GraniteMoeForCausalLM(GraniteMoeConfig(**shape, num_local_experts=EXPERTS))
-        else:
-            model = Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(**shape, num_experts=EXPERTS, moe_intermediate_size=wide, head_dim=128)
-            )
-    model = model.bfloat16()
+    model = _model(max(32, round(gigabytes * 1e9 / (LAYERS * EXPERTS * 3 * HIDDEN * 2) / 32) * 32), layout)
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
+    if layout in QUANTIZATION:
+        model.config.quantization_config = QUANTIZATION[layout]
     model.config.save_pretrained(folder)
-    names = _checkpoint_shapes(model)
-    shards: dict[str, dict[str, Any]] = {}
-    for name, size in names.items():
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, size in _checkpoint_shapes(model).items():
         layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest"
         shards.setdefault(layer, {})[name] = size
     weight_map = {}
-    for number, (_, tensors) in enumerate(shards.items()):
+    for number, tensors in enumerate(shards.values()):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        data = {name: torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02) for name, size in tensors.items()}
+        data: dict[str, torch.Tensor] = {}
+        for name, size in tensors.items():
+            data |= _random(name, size, layout)
         save_file(data, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(data, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _checkpoint_shapes(model: Any) -> dict[str, Any]:
+def _model(wide: int, layout: str) -> Any:
+    import torch
+    import transformers
+
+    shape: dict[str, Any] = {
+        "hidden_size": HIDDEN, "intermediate_size": wide, "num_experts_per_tok": 4, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1024, "dtype": torch.bfloat16,
+        "head_dim": HIDDEN // 8, "num_experts": EXPERTS, "num_local_experts": EXPERTS, "moe_intermediate_size": wide,
+    }  # fmt: skip
+    prefix = {"packed": "GraniteMoe", "mxfp4": "GptOss"}.get(layout, "Qwen3Moe")
+    with torch.device("meta"):
+        config = getattr(transformers, f"{prefix}Config")(**shape)
+        return getattr(transformers, f"{prefix}ForCausalLM")(config).bfloat16()
+
+
+def _checkpoint_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    state["lm_head.weight"] = model.state_dict()["lm_head.weight"]
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
+
+
+def _random(name: str, size: tuple[int, ...], layout: str) -> dict[str, Any]:
+    """A weight of random numbers of 0.02 or so, as the layout stores it."""
+    import torch
+
+    if layout == "fp8" and len(size) == 2 and name.endswith("_proj.weight"):
+        codes = torch.empty(size).normal_(std=32).to(torch.float8_e4m3fn)
+        return {name: codes, f"{name}_scale_inv": torch.full([-(-n // 128) for n in size], 0.02 / 32)}
+    if layout == "mxfp4" and len(size) == 3 and name.endswith("_proj"):
+        experts, inputs, outputs = size
+        rows = (experts, outputs, inputs // 32)
+        blocks = torch.randint(0, 256, (*rows, 16), dtype=torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(rows, 120, dtype=torch.uint8)}
+    return {name: torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02)}
 
 
 def forget(folder: Path) -> None:
@@ -103,7 +128,7 @@ def claim_memory(nbytes: int) -> None:
 def plain_read(folder: Path) -> float:
     """Seconds to read all weights' files, in large blocks."""
     buffer = bytearray(_BLOCK)
-    claim_memory(_size(folder) * 5 // 4)
+    claim_memory(_bf16_bytes(folder) * 5 // 4)
     begun = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
@@ -125,8 +150,8 @@ def load(variant: str, folder: Path) -> dict[str, float]:
         options["expert_format"] = variant
     if variant == "disk":
         options["cpu_memory"] = 0.5
-    claim_memory(_size(folder) * 9 // 4)  # for the files in the page cache, and for the experts
-    peak = _Peak()
+    claim_memory(size_of(folder) + _bf16_bytes(folder) * 5 // 4)  # for the files in the page cache, and for the experts
+    peak = Peak()
     begun = time.perf_counter()
     if variant == "stock":
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -141,17 +166,24 @@ def load(variant: str, folder: Path) -> dict[str, float]:
     return rows
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes of all weights' files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-class _Peak:
+def _bf16_bytes(folder: Path) -> int:
+    """Bytes of the experts in bf16."""
+    config = json.loads((folder / "config.json").read_text())
+    return LAYERS * EXPERTS * 3 * HIDDEN * int(config["intermediate_size"]) * 2
+
+
+class Peak:
     """Watches the memory of this process: what is its own, and what it has mapped."""
 
     def __init__(self) -> None:
         self._before = _anonymous()
         self._peak, self._stop = self._before, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
@@ -169,8 +201,19 @@ def _anonymous() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+def use_compiled_kernels(cache: Path) -> None:
+    """Let a cache folder of its own have the compiled kernels of the usual one, since compiling takes long."""
+    from moebius.kernels.numba.jit import cache_root
+
+    usual = cache_root() / "numba"
+    usual.mkdir(parents=True, exist_ok=True)
+    (cache / "numba").symlink_to(usual)
+
+
 def measure(folder: Path, work: Path, variants: list[str], repeats: int) -> list[dict[str, Any]]:
     """One row a variant: medians of runs in processes of their own."""
+    (work / "cache").mkdir()
+    use_compiled_kernels(work / "cache")
     places = dict.fromkeys(variants, folder)
     if "converted" in variants:
         places["converted"] = work / "converted"
@@ -227,7 +270,7 @@ def main() -> None:
     """Parse arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.05)
-    parser.add_argument("--layout", choices=["per-expert", "packed"], default="per-expert")
+    parser.add_argument("--layout", choices=LAYOUTS, default="per-expert")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is to be written; default: temporary")
@@ -240,16 +283,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=chosen.folder and chosen.folder.parent) as work:
         folder = chosen.folder or Path(work) / "checkpoint"
         if not folder.exists():
-            generate(folder, chosen.gigabytes, chosen.layout == "packed")
+            generate(folder, chosen.gigabytes, chosen.layout)
         scratch = Path(work) / "work"
         scratch.mkdir()
         rows = measure(folder, scratch, chosen.variants.split(","), chosen.repeats)
-        nbytes = _size(folder)
+        nbytes = size_of(folder)
         shutil.rmtree(scratch)
     show(rows, nbytes)
     if chosen.json:
+        from moebius.hf_plugin.tools.record import write_record
+
         facts = {"layout": chosen.layout, "file_bytes": nbytes, "repeats": chosen.repeats}
-        chosen.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+        arguments = [str(n) if n != str(chosen.folder) else "FOLDER" for n in sys.argv[1:]]
+        write_record(chosen.json, ["python", "-m", "benchmarks.loading", *arguments], facts, rows)
 
 
 if __name__ == "__main__":
