@@ -128,7 +128,7 @@ def claim_memory(nbytes: int) -> None:
 def plain_read(folder: Path) -> float:
     """Seconds to read all weights' files, in large blocks."""
     buffer = bytearray(_BLOCK)
-    claim_memory(_bf16_bytes(folder) * 5 // 4)
+    claim_memory(size_of(folder) * 5 // 4)
     begun = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:

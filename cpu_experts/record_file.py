@@ -16,6 +16,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -130,7 +131,7 @@ class RecordFile:
         self.path: Path = Path(path)
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._close = weakref.finalize(self, os.close, self._fd)
-        self._direct = DirectReads(self._fd, self.path)
+        self._direct, self._opened = DirectReads(self._fd, self.path), self._state()
         header = self._header()
         self.facts, self.layers = self._parse(header)
         self._plan = FilePlan.of(self.layers, self.facts)
@@ -157,10 +158,10 @@ class RecordFile:
         """Copies of a layer's extra tensors, checked."""
         result = {}
         for extra, (dtype, shape) in self.layers[name].extras.items():
-            piece, tensor = self._plan.pieces[f"{name}|{extra}"], torch.empty(shape, dtype=dtype, device="cpu")
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
             target = tensor.view(-1).view(torch.uint8).numpy()
-            self._read(piece.start, target)
-            self._check(piece, 0, target, f"{extra} of {name}")
+            self._read(self._plan.pieces[f"{name}|{extra}"].start, target)
+            self._check(f"{name}|{extra}", 0, target)
             result[extra] = tensor
         return result
 
@@ -185,23 +186,52 @@ class RecordFile:
             self._read(start, target.numpy())
             self._forget(start, piece.nbytes)
         if not self._proven[piece.checksum + number]:
-            self._check(piece, number, target.numpy(), f"expert {number} of {name}")
+            self._check(name, number, target.numpy())
             self._proven[piece.checksum + number] = True
 
-    def verify(self, name: str) -> None:
-        """Read all of a layer's records and compare their checksums.
+    def verify(self, threads: int = 1) -> None:
+        """Read all of the file and compare its checksums: for whoever computes with the mapped records. Only once.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file has changed or is damaged.
         """
-        target = torch.empty(self.layers[name].layout.nbytes, dtype=torch.uint8, device="cpu")
-        piece = self._plan.pieces[name]
-        self._proven[piece.checksum : piece.checksum + piece.count] = False
-        for record in self.records(name):
-            self.read(record, target)
+        if self._proven.all():
+            return
+        parts = [(name, number) for name, piece in self._plan.pieces.items() for number in range(piece.count)]
+        largest = max(piece.nbytes for piece in self._plan.pieces.values())
 
-    def _check(self, piece: Piece, number: int, target: np.ndarray, what: str) -> None:
+        def check(first: int) -> None:
+            buffer = np.empty(largest, np.uint8)
+            for name, number in parts[first::threads]:
+                piece = self._plan.pieces[name]
+                target = buffer[: piece.nbytes]
+                self._read(piece.start + number * piece.nbytes, target)
+                self._check(name, number, target)
+
+        with ThreadPoolExecutor(threads, "moebius-verify") as pool:
+            for _ in pool.map(check, range(threads)):
+                pass
+        self.check_unchanged()
+        self._proven[:] = True
+
+    def check_unchanged(self) -> None:
+        """Compare size and time with those at opening; a mapping shows other bytes, or ends the process, after that.
+
+        Raises:
+            ValueError: the file was written to, or cut short, where it lies. One that replaces it does no harm.
+        """
+        if self._state() != self._opened:
+            raise self._damaged("it was changed while it was in use")
+
+    def _state(self) -> tuple[int, int]:
+        facts = os.fstat(self._fd)
+        return facts.st_size, facts.st_mtime_ns
+
+    def _check(self, name: str, number: int, target: np.ndarray) -> None:
+        piece = self._plan.pieces[name]
         if zlib.crc32(target.data) != self._checksums[piece.checksum + number]:
+            layer, _, extra = name.partition("|")
+            what = f"{extra} of {layer}" if extra else f"expert {number} of {layer}"
             raise self._damaged(f"{what} does not have the checksum that it was written with")
 
     def _read(self, offset: int, target: np.ndarray) -> None:

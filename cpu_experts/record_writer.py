@@ -8,8 +8,8 @@ import shutil
 import tempfile
 import weakref
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -48,7 +48,7 @@ class RecordWriter:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.path)
+            _remove_abandoned(folder)
             self._check_space(folder)
             self._fd, self._partial = tempfile.mkstemp(PARTIAL, f"{self.path.name}.", folder)
         except OSError as error:
@@ -145,16 +145,22 @@ def _abandon(fd: int, partial: str) -> None:
         os.unlink(partial)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Delete what writers of the same file left that were killed: nobody holds their lock."""
-    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
-        with suppress(OSError):
-            fd = os.open(partial, os.O_RDWR)
-            try:
-                _lock(fd)
-                partial.unlink()
-            finally:
-                os.close(fd)
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what writers left that were killed: nobody holds their lock."""
+    for partial in folder.glob(f"*.safetensors.*{PARTIAL}"):
+        with suppress(OSError), locked(partial):
+            partial.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file or folder within the block; OSError where somebody else does, or where there are no such locks."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _lock(fd)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int) -> None:

@@ -7,12 +7,13 @@ a model with random experts.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moebius.cpu_experts.record_file import RecordFile
+from moebius.cpu_experts.record_writer import locked
 from moebius.hf_plugin.checkpoints.loading import MoebiusConfig, from_pretrained, load
 from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS
+from moebius.hf_plugin.running.runtime import default_threads
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".partial")
+_PARTIAL = ".partial"  # suffix of a folder that is being written
 _REST, _GUARD = "model-rest.safetensors", "model-experts-elsewhere.safetensors"
 
 
@@ -73,7 +77,8 @@ def to_stock(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
         OSError: the disk is full, or the target cannot be written.
     """
     folder = Path(source)
-    check(folder)
+    if not (folder / EXPERTS).is_file():
+        raise _not_converted(folder)
     with _new_folder(Path(target)) as partial:
         model = from_pretrained(str(folder), device="cpu", cpu_memory=1.0)
         model.save_pretrained(partial)
@@ -89,11 +94,14 @@ def check(folder: str | os.PathLike[str]) -> int:
     """
     path = Path(folder) / EXPERTS
     if not path.is_file():
-        raise ValueError(f"{folder} is not a converted checkpoint: it has no {EXPERTS}")
+        raise _not_converted(folder)
     file = RecordFile(path)
-    for name in file.layers:
-        file.verify(name)
+    file.verify(default_threads())
     return sum(layer.nbytes for layer in file.layers.values())
+
+
+def _not_converted(folder: str | os.PathLike[str]) -> ValueError:
+    return ValueError(f"{folder} is not a converted checkpoint: it has no {EXPERTS}")
 
 
 def _local(source: str | os.PathLike[str]) -> Path:
@@ -106,9 +114,13 @@ def _new_folder(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; give another, or remove it")
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.absolute().parent))
+    _remove_abandoned(target.absolute())
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.absolute().parent))
     try:
-        yield partial
+        with ExitStack() as held:
+            with suppress(OSError):  # where folders cannot be locked, nobody removes them either
+                held.enter_context(locked(partial))
+            yield partial
         partial.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -116,6 +128,13 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Delete what conversions into the same folder left that were killed: nobody holds their lock."""
+    for partial in target.parent.glob(f"{glob.escape(target.name)}.*{_PARTIAL}"):
+        with suppress(OSError), locked(partial):
+            shutil.rmtree(partial)
 
 
 def _save_rest(model: PreTrainedModel, folder: Path) -> None:

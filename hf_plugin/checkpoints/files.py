@@ -65,6 +65,11 @@ def check_tensors(files: Sequence[str], model: nn.Module, quantized: bool) -> No
 
 
 def _types(file: str) -> dict[str, str]:
+    if not file.endswith(".safetensors"):
+        raise ValueError(
+            f"{file} is no safetensors file, and others are not opened, since a pickle may run any code: load it with "
+            "transformers where you trust it, and write it anew with save_pretrained"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (no iterator)

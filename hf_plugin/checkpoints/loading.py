@@ -145,7 +145,10 @@ class MoebiusQuantizer(HfQuantizer):
         threads = config.options.cpu_threads or default_threads()
         budget = expert_files.budget(config.options, list(layers.values()))
         if file is not None:
-            return FromFile(helds, expert_files.checked(file, layers))
+            expert_files.checked(file, layers)
+            if budget is None:  # else each record is checked when it is read
+                file.verify(threads)
+            return FromFile(helds, file)
         if config.into is not None:
             return IntoFile(helds, threads, files, self._verify_complete, config.into, {})
         if budget is None:
@@ -153,6 +156,7 @@ class MoebiusQuantizer(HfQuantizer):
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))
+        expert_files.remove_unusable()
         return IntoFile(helds, threads, files, self._verify_complete, path, facts)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -270,6 +274,7 @@ class MoebiusQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         mine: Any = model
         if self._checkpoint is not None:
+            self._checkpoint.finish()
             mine._weight_conversions = self._checkpoint.for_saving(mine._weight_conversions)
             self._cast_renamed(model)
         else:
@@ -282,6 +287,7 @@ class MoebiusQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         file = self._intake.finish()
+        del self._intake  # which has this and the experts: no cycle
         self._check_complete(model)
         if self.quantization_config.into is not None:
             return

@@ -9,8 +9,8 @@ headers, before any memory is taken.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    ConversionOps,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -27,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from moebius.hf_plugin.checkpoints.codes import Method, check, methods
+from moebius.hf_plugin.checkpoints.decoding import PLAIN, Decode
 from moebius.hf_plugin.discovery.adapters import ExpertParams
 from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.packing import CodedMatrix
@@ -39,6 +39,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
 }  # fmt: skip
+_REMEDY = "download or copy it again"
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # How some FP8 releases call their scales (as in transformers' own quantizer)
 _FP8_RENAMES = ((r"^(.+)\.scale$", r"\1.weight_scale_inv"), (r"\.qscale_weight$", ".weight_scale_inv"))
 
@@ -77,8 +79,9 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, config: Mapping[str, Any], files: Iterable[str], taker: Taker) -> None:
-        self.config, self.taker = config, taker
+        self.config, self.taker = config, weakref.proxy(taker)  # which holds this and the model's modules: no cycle
         self.methods = methods(config)
+        self.error: ValueError | None = None
         self._places: dict[str, tuple[str, torch.Tensor]] = {}  # key -> file, a meta tensor of its form
         for file in files:
             with safe_open(file, "pt") as opened:
@@ -87,7 +90,7 @@ class QuantizedCheckpoint:
                     if (dtype := _DTYPES.get(part.get_dtype())) is not None:
                         self._places[key] = file, torch.empty(part.get_shape(), dtype=dtype, device="meta")
         self._keys: dict[str, dict[str, list[str]]] = {}  # target -> pattern -> keys
-        self._kept: set[str] = set()  # weights whose codes are kept
+        self._apart: set[str] = set()  # weights that are handed over as coded matrices, whatever becomes of these
         self.params: dict[nn.Module, ExpertParams] = {}
         self._parameters: list[str] = []
         self._added: list[WeightRenaming] = []
@@ -116,11 +119,13 @@ class QuantizedCheckpoint:
             found = [self._codings(site, name, converters) for name in names]
             reasons = [reason for reason in found if isinstance(reason, str)]
             codings = {coding for codings in found if not isinstance(codings, str) for coding in codings}
+            if not reasons and codings:
+                self._apart.update(names)
+                reasons += [method.unkept for method in self.methods if method.unkept is not None]
             if len(codings) > 1:
                 reasons.append(f"their matrices differ ({', '.join(sorted(codings))})")
             if native and not reasons and codings:
                 formats[site.name] = codings.pop()
-                self._kept.update(names)
             elif native and any(reasons):
                 lost.setdefault(next(filter(None, reasons)), []).append(site.name)
         for reason, where in lost.items():
@@ -137,10 +142,10 @@ class QuantizedCheckpoint:
             self._keys.setdefault(target, {}).setdefault(pattern or key, []).append(key)
 
     def _codings(self, site: ExpertsSite, target: str, converters: dict[str, WeightConverter]) -> set[str] | str:
-        """The formats of an expert weight's matrices, or why they cannot be kept ("" if it is not quantised)."""
+        """The formats of an expert weight's matrices, or why it is no weight of such ("" if it is not quantised)."""
         found = self._keys.get(target, {})
         operation = next((converters[p].operations[0] for p in found if p in converters), None)
-        if not isinstance(operation, _Decode) or operation.method is None:
+        if not isinstance(operation, Decode) or operation.method is None:
             return ""
         method, patterns = operation.method, next(converters[p].source_patterns for p in found)
         self._check_company(found)
@@ -151,17 +156,36 @@ class QuantizedCheckpoint:
             return "their tensors are laid out in another way than the module's"
         if not operation.packed and {len(weights) for weights in sources} != {site.params.num_experts}:
             return "the checkpoint has tensors of experts that compute nothing"
-        codings: dict[Any, str] = {}
+        matrices: dict[Any, CodedMatrix] = {}
         for keys in (keys for weights in sources for keys in weights):
             tensors = {end: self._places[key][1] for end, key in keys.items()}
             form = tuple((end, tensor.dtype, tensor.shape) for end, tensor in tensors.items())
-            if form not in codings:
-                codings[form] = self.read(method, keys, tensors).coding.name
-        return method.unkept or set(codings.values())
+            if form not in matrices:
+                matrices[form] = self.read(method, keys, tensors)
+                self._check_shape(site.params, target, operation.packed, keys, matrices[form])
+        return {matrix.coding.name for matrix in matrices.values()}
+
+    def _check_shape(
+        self, params: ExpertParams, target: str, packed: bool, keys: Mapping[str, str], matrix: CodedMatrix
+    ) -> None:
+        """Refuse a matrix that is none of the module's; gate and up have one shape."""
+        inner, outer = params.intermediate, params.hidden
+        if target.endswith("down_proj"):
+            wanted = (outer, inner)
+        else:
+            wanted = (inner * len(params.rows(target.rpartition(".")[2])) if packed else inner, outer)
+        found = tuple(matrix.codes.shape[-2:])
+        if found != wanted and "weight_shape" not in keys:  # which would say how much of them is padding
+            key = next(iter(keys.values()))
+            raise ValueError(
+                f"{key} in {self._places[key][0]} stands for weights of shape {found}, but the configuration asks for "
+                f"{wanted}: the checkpoint and its config.json do not belong together, or the file is damaged; "
+                + _REMEDY
+            )
 
     def _is_coded(self, method: Method, keys: Mapping[str, str]) -> bool:
         first = keys.get(method.names[0])
-        return first is not None and self._places[first][1].dtype not in _PLAIN
+        return first is not None and self._places[first][1].dtype not in PLAIN
 
     def _check_company(self, found: Mapping[str, list[str]]) -> None:
         """Tensors belong together by their place among those of the same kind, so none may be missing."""
@@ -173,14 +197,33 @@ class QuantizedCheckpoint:
                 beside = found[longest][owners[longest].index(lacking)]
                 raise ValueError(
                     f"the checkpoint has {beside} in {self._places[beside][0]}, but no tensor for {pattern!r} beside "
-                    "it, as others have: it is incomplete or damaged"
+                    f"it, as others have: it is incomplete or damaged; {_REMEDY}"
                 )
 
     # ---- reading
 
+    def refuse(self, name: str, error: Exception) -> None:
+        """Have `finish` raise that a weight cannot be put together."""
+        keys = [key for found in self._keys.get(name, {}).values() for key in found]
+        files = sorted({self._places[key][0] for key in keys if key in self._places})
+        self.error = self.error or ValueError(
+            f"{name} cannot be put together from the tensors in {', '.join(files[:3])} ({error}): the checkpoint is "
+            f"incomplete, damaged or belongs to another architecture; {_REMEDY}"
+        )
+
+    def finish(self) -> None:
+        """All weights have been read.
+
+        Raises:
+            ValueError: one of them could not be, of which transformers would tell neither file nor remedy.
+        """
+        if self.error is not None:
+            raise self.error
+
     def read(self, method: Method, keys: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> CodedMatrix:
         """The matrix that some tensors stand for, by the ends of their names; `keys` are their whole names."""
-        key = keys.get(method.names[0], next(iter(keys.values()), "a weight"))
+        end = method.names[0] if method.names[0] in keys else next(iter(keys), "")
+        key = keys.get(end, "a weight")
         where = f"{key} in {self._places[key][0]}" if key in self._places else key
         tensors = {end: self._as_stored(keys.get(end, ""), tensor) for end, tensor in tensors.items()}
         try:
@@ -189,11 +232,11 @@ class QuantizedCheckpoint:
                 check(matrix)
         except KeyError as error:
             raise ValueError(
-                f"the checkpoint has {where}, but no {key.removesuffix(method.names[0])}{error.args[0]} beside it: "
-                "it is incomplete or damaged"
+                f"the checkpoint has {where}, but no {key.removesuffix(end)}{error.args[0]} beside it: it is "
+                f"incomplete or damaged; {_REMEDY}"
             ) from None
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{where} and what belongs to it cannot be read: {error}") from error
+            raise ValueError(f"{where} and what belongs to it cannot be read: {error}; {_REMEDY}") from error
         return matrix
 
     def _as_stored(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -206,9 +249,9 @@ class QuantizedCheckpoint:
         found = self._keys.get(target, {})
         return {pattern: found.get(pattern, []) for pattern in patterns}
 
-    def keeps(self, full_name: str) -> bool:
-        """Whether an expert weight's codes are kept."""
-        return full_name in self._kept
+    def is_apart(self, full_name: str) -> bool:
+        """Whether an expert weight is handed over as coded matrices, which many threads take at once."""
+        return full_name in self._apart
 
     # ---- transformers' conversions
 
@@ -252,7 +295,7 @@ class QuantizedCheckpoint:
         method: Method | None,
         packed: bool = False,
     ) -> WeightConverter:
-        operation = _Decode(self, original, method, packed)
+        operation = Decode(self, original, method, packed)
         result = WeightConverter(sources, targets, [operation])
         for name in ("scope_prefix", "base_model_prefix"):
             if hasattr(original, name):
@@ -266,135 +309,3 @@ class QuantizedCheckpoint:
 def _longest_first(names: Iterable[str]) -> list[str]:
     """Until transformers 5.18 or so a key belongs to the first pattern that its name begins with."""
     return sorted(names, key=lambda name: (-len(name), name))
-
-
-class _Decode(ConversionOps):
-    """Makes a weight of the tensors that stand for it, or hands them over.
-
-    Args:
-        original: the conversion that puts a weight together from others; None where one tensor is one weight.
-        method: how quantised ones are stored; None where they never are.
-        packed: one tensor holds all experts.
-    """
-
-    supports_many_to_many = True
-
-    def __init__(
-        self, checkpoint: QuantizedCheckpoint, original: WeightConverter | None, method: Method | None, packed: bool
-    ) -> None:
-        self.hf_quantizer = checkpoint  # tells transformers to leave the tensors' dtypes alone
-        self._checkpoint, self._original, self.method, self.packed = checkpoint, original, method, packed
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Decode:
-        """Itself: transformers copies conversions for every weight."""
-        return self
-
-    def grouped(self, collected: Mapping[str, Sequence[Any]], patterns: Sequence[str]) -> list[list[dict[str, Any]]]:
-        """What was collected, by source, by expert, by end of name."""
-        count = len(self._original.source_patterns) if self._original is not None else 1
-        each = len(patterns) // count
-        result = []
-        for first in range(0, len(patterns), each):
-            mine = patterns[first : first + each]
-            ends = self._ends(mine)
-            number = max(len(collected.get(pattern, ())) for pattern in mine)
-            result.append(
-                [
-                    {end: collected[p][i] for p, end in zip(mine, ends, strict=True) if i < len(collected.get(p, ()))}
-                    for i in range(number)
-                ]
-            )
-        return result
-
-    def _ends(self, patterns: Sequence[str]) -> list[str]:
-        if self.method is None:
-            return ["weight"] * len(patterns)
-        known = [*self.method.names, self.method.weight]
-        return [max((end for end in known if p.endswith(end)), key=len) for p in patterns]
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        model, name, taker = kwargs["model"], kwargs["full_layer_name"], self._checkpoint.taker
-        collected = {p: tensors if isinstance(tensors, list) else [tensors] for p, tensors in input_dict.items()}
-        if not taker.wants(model, name):
-            return self._assembled(collected, source_patterns, kwargs)
-        if not taker.has(model, name):
-            if self._checkpoint.keeps(name):
-                taker.take_coded(
-                    model, name, partial(self._matrices, model, name, *self._sources(collected, source_patterns, name))
-                )
-            else:
-                [tensor] = self._assembled(collected, source_patterns, kwargs).values()
-                taker.take(model, name, tensor[0] if isinstance(tensor, list) else tensor)
-        taker.settle(model, name, kwargs.get("missing_keys"))
-        return {}
-
-    def _sources(self, collected: Any, patterns: list[str], name: str) -> tuple[Any, Any]:
-        return self.grouped(collected, patterns), self.grouped(self._checkpoint.keys_of(name, patterns), patterns)
-
-    def _matrices(
-        self, model: PreTrainedModel, name: str, tensors: Any, keys: Any, expert: int
-    ) -> dict[str, CodedMatrix]:
-        """An expert's matrices by the names of `ExpertWeights`."""
-        assert self.method is not None
-        path, _, weight = name.rpartition(".")
-        params = self._params(model.get_submodule(path))
-        if not self.packed:
-            parts = params.stacked(weight)
-            return {
-                part: self._checkpoint.read(self.method, keys[i][expert], tensors[i][expert])
-                for i, part in enumerate(parts)
-            }
-        one = {end: tensor[expert] for end, tensor in tensors[0][0].items()}
-        matrix = self._checkpoint.read(self.method, keys[0][0], one)
-        return {part: matrix.rows(rows) for part, rows in params.rows(weight).items()}
-
-    def _params(self, owner: nn.Module) -> ExpertParams:
-        return self._checkpoint.params[owner]
-
-    def _assembled(self, collected: Any, patterns: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The weight as the model has it, dequantised."""
-        name, model = kwargs["full_layer_name"], kwargs["model"]
-        tensors, keys = self._sources(collected, patterns, name)
-        dtype = _dtype(model, name)
-        values = [
-            [self._value(key, one, dtype) for key, one in zip(ks, ts, strict=True)]
-            for ks, ts in zip(keys, tensors, strict=True)
-        ]
-        if self._original is None:
-            return {name: values[0][0]}
-        result: dict[str, Any] = dict(zip(self._original.source_patterns, values, strict=True))
-        kwargs = kwargs | {
-            "source_patterns": self._original.source_patterns,
-            "target_patterns": self._original.target_patterns,
-        }
-        for operation in self._original.operations:
-            result = operation.convert(result, **kwargs)
-        return result
-
-    def _value(
-        self, keys: Mapping[str, str], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
-    ) -> torch.Tensor:
-        plain = tensors.get(self.method.weight if self.method is not None else "weight")
-        if plain is not None and plain.dtype in _PLAIN and len(tensors) == 1:
-            return plain.to(dtype)
-        assert self.method is not None
-        if next(iter(tensors.values())).ndim > 2 and self.packed:
-            count = len(next(iter(tensors.values())))
-            rows = [
-                self._checkpoint.read(self.method, keys, {end: t[e] for end, t in tensors.items()})
-                for e in range(count)
-            ]
-            return torch.stack([matrix.numbers().to(dtype) for matrix in rows]).mT.contiguous()
-        return self._checkpoint.read(self.method, keys, tensors).numbers().to(dtype)
-
-
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _dtype(model: PreTrainedModel, name: str) -> torch.dtype | None:
-    path, _, weight = name.rpartition(".")
-    parameter = getattr(model.get_submodule(path), weight, None)
-    return None if parameter is None else parameter.dtype

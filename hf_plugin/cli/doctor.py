@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from moebius.hf_plugin.cli.console import out, print_json, progress_bar
+from moebius.hf_plugin.running.expert_files import CachedFile
 from moebius.hf_plugin.tools.doctor import Finding, Report, examine
 
 GIB = 1 << 30
@@ -57,7 +59,17 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("pinned memory", _say(report.pinned_memory)),
         ("transformers", _say(report.transformers)),
         ("kernel cache", report.kernel_cache.folder or report.kernel_cache.reason),
+        ("expert cache", _kept(report.expert_cache)),
     ]
+
+
+def _kept(files: list[CachedFile]) -> str:
+    """What `cpu_memory` has left on disk; deleting it costs no more than writing it again."""
+    if not files:
+        return "empty"
+    nbytes, gone = sum(file.nbytes for file in files), sum(not file.usable for file in files)
+    old = f", {gone} of them of checkpoints that are gone or have changed" if gone else ""
+    return f"{nbytes / 1e9:.2f} GB in {Path(files[0].path).parent} ({len(files)} files{old}); delete what is not needed"
 
 
 def _say(finding: Finding) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -14,6 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.kernels.numba.jit import cache_root
+
+logger = logging.getLogger(__name__)
 
 EXPERTS = "experts.safetensors"  # in the folder of a converted checkpoint
 CONVERSIONS = "moebius_conversions"  # in the metadata of its index
@@ -68,7 +73,47 @@ def cached(checkpoint_files: Sequence[str], layers: Mapping[str, LayerFacts]) ->
     source = json.dumps([_identity(Path(file)) for file in sorted(checkpoint_files)])
     digest = hashlib.sha256(f"{source} {sorted((name, repr(facts)) for name, facts in layers.items())}".encode())
     folder = Path(checkpoint_files[0]).parent.name
-    return cache_root() / "experts" / f"{folder}-{digest.hexdigest()[:20]}.safetensors", {"source": source}
+    return _cache_folder() / f"{folder}-{digest.hexdigest()[:20]}.safetensors", {"source": source}
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """A file of records that is kept between processes.
+
+    Args:
+        usable: whether the checkpoint that it was made of is still there, unchanged.
+    """
+
+    path: str
+    nbytes: int
+    usable: bool
+
+
+def cached_files() -> list[CachedFile]:
+    """All files in the cache folder; what cannot be read as one is not usable."""
+    paths = sorted(_cache_folder().glob("*.safetensors"))
+    return [CachedFile(str(path), path.stat().st_size, _is_usable(path)) for path in paths]
+
+
+def remove_unusable() -> None:
+    """Delete files whose checkpoint is gone or has changed: their names are never asked for again."""
+    for file in cached_files():
+        if not file.usable:
+            logger.info("%s is deleted: the checkpoint that it was made of is gone or has changed", file.path)
+            with suppress(OSError):  # in a folder that cannot be written, of which the writer will tell
+                Path(file.path).unlink()
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        source = json.loads(RecordFile(path).facts["source"])
+        return all(list(_identity(Path(name))) == [name, *facts] for name, *facts in source)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _cache_folder() -> Path:
+    return cache_root() / "experts"
 
 
 def open_for(path: Path, layers: Mapping[str, LayerFacts]) -> RecordFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from moebius.hf_plugin.running.layer import PatchedLayer
 
 
+logger = logging.getLogger(__name__)
+
+
 class ModelRuntime:
     """Resources of one patched model. One lock serialises its layers' calls, from whatever threads they come.
 
@@ -58,6 +62,11 @@ class ModelRuntime:
         self.layers: list[ref[PatchedLayer]] = [ref(layer) for layer in layers]
         self.profile: Profile | None = None if options.profile is None else read_profile(options.profile)
         self._start([layer.name for layer in layers])
+        if slow := self._torch_code():
+            logger.warning(
+                "experts of %d modules (%s, ...) run as torch code, slower than kernels, since there is no kernel for "
+                "their activation or norm", len(slow), slow[0]
+            )  # fmt: skip
 
     def _start(self, names: Sequence[str]) -> None:
         _runtimes.add(self)
@@ -90,9 +99,18 @@ class ModelRuntime:
         """Memory as a cache of the file, where it does not hold all experts."""
         if self.file is None:
             return None
-        size = expert_files.budget(self.options, list(self.file.layers.values()))
+        layers = list(self.file.layers.values())
+        size = expert_files.budget(self.options, layers)
+        if size is None or self.options.device != "cpu":  # records are used, or uploaded, where they are mapped
+            self.file.verify(self.executor.threads)
         if size is None:
             return None
+        if self.options.cpu_memory == "auto":
+            logger.warning(
+                "host memory has room for %.2f of %.2f GiB of experts, so the others are read from %s whenever they "
+                "are needed; a smaller expert_format may fit", size / 2**30, sum(f.nbytes for f in layers) / 2**30,
+                self.file.path,
+            )  # fmt: skip
         host = HostTier(self.file, self.stores, size, self.options.cache_policy, self.executor)
         if self.profile is not None:
             host.cache.start_from(self.profile.uses)
@@ -199,6 +217,8 @@ class ModelRuntime:
                 return self._run(layer, x, ids, weights)
 
     def _run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.file is not None:
+            self.file.check_unchanged()
         if self._stale:
             self.open()
         return run_layer(self, layer, x.detach() if x.requires_grad else x, ids, weights)
@@ -309,9 +329,8 @@ class ModelRuntime:
     def _notes(self) -> list[str]:
         layers = [layer for reference in self.layers if (layer := reference()) is not None]
         notes = [
-            f"{layer.name}: experts run as torch code, since their activation or norm has no kernel"
-            for layer in layers
-            if layer.store.spec.torch_code
+            f"{name}: experts run as torch code, since their activation or norm has no kernel"
+            for name in self._torch_code()
         ]
         notes += [
             f"{tier.cache.device.name}: out of memory {tier.shrunk} times, for which the cache shrank to "
@@ -330,6 +349,9 @@ class ModelRuntime:
         if self.lookahead is not None and PREDICTORS[self.options.predictor].gate:
             notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
         return notes
+
+    def _torch_code(self) -> list[str]:
+        return [name for name, store in zip(self._names, self.stores, strict=True) if store.spec.torch_code]
 
     def count_launches(self, tier: Tier) -> None:
         """Add the device time of the launches that have ended, and refine the cost of experts there."""

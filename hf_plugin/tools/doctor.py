@@ -18,6 +18,7 @@ from moebius import __version__
 from moebius.gpu_cache.device import default_device
 from moebius.gpu_cache.driver import Driver
 from moebius.gpu_cache.executor import HOW_TO_INSTALL
+from moebius.hf_plugin.running.expert_files import CachedFile, cached_files
 from moebius.hf_plugin.tools import machine
 from moebius.hf_plugin.tools.memory_read import read_bandwidth
 from moebius.kernels.numba import isa
@@ -90,6 +91,7 @@ class Report:
     pinned_memory: Finding
     transformers: Finding
     kernel_cache: KernelCache
+    expert_cache: list[CachedFile]
     plan: list[Component]
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def examine(progress: Callable[[str, float], None] = lambda _step, _done: None) 
     progress("kernel cache", 0.9)
     cache = find_kernel_cache()
     plan = make_plan(cpu, gpus, triton, pinned, transformers, cache)
-    return Report(versions(), cpu, memory, gpus, triton, pinned, transformers, cache, plan)
+    return Report(versions(), cpu, memory, gpus, triton, pinned, transformers, cache, cached_files(), plan)
 
 
 def versions() -> dict[str, str | None]:

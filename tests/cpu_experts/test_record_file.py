@@ -69,7 +69,6 @@ def test_read_is_what_was_written(good: Path) -> None:
         for number in range(len(records)):
             file.read(mapped[number], target)
             assert torch.equal(target, records[number])
-        file.verify(name)
         assert all(torch.equal(tensor, extras[key]) for key, tensor in file.extras(name).items())
     assert not os.access(good, os.W_OK) or os.getuid() == 0
 
@@ -147,13 +146,29 @@ def test_replaced_while_mapped(tmp_path: Path) -> None:
     write(path, seed=1)
     for name, (records, _) in contents().items():
         assert torch.equal(file.records(name), records)
-        file.verify(name)
-    name = next(iter(LAYERS))
+    file.verify()
+    file.check_unchanged()
     replaced = RecordFile(path)
     path.chmod(0o644)
     os.truncate(path, 5000)
     with pytest.raises(ValueError, match=r"experts\.safetensors is damaged: it ends at byte .* convert the checkpoint"):
-        replaced.verify(name)
+        replaced.verify()
+    with pytest.raises(ValueError, match=r"damaged: it was changed while it was in use; .* convert the checkpoint"):
+        replaced.check_unchanged()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_verifying_reads_all_of_the_file(threads: int, good: Path, tmp_path: Path) -> None:
+    """Catches records that no thread reads: each one is damaged in turn."""
+    plan = RecordFile(good)._plan
+    for piece in plan.pieces.values():
+        for number in range(piece.count):
+            data = bytearray(good.read_bytes())
+            data[piece.start + number * piece.nbytes + piece.nbytes // 2] ^= 1
+            path = tmp_path / "experts.safetensors"
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=r"experts\.safetensors is damaged: .* checksum"):
+                RecordFile(path).verify(threads)
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +222,8 @@ def header_of(data: bytes | bytearray) -> dict[str, dict[str, list[int]]]:
 
 def read_all(path: Path) -> None:
     file = RecordFile(path)
+    file.verify()
     for name in file.layers:
-        file.verify(name)
         file.extras(name)
 
 

@@ -16,6 +16,7 @@ import moebius
 from moebius.hf_plugin.cli import app as cli
 from moebius.hf_plugin.cli import bench, demo
 from moebius.hf_plugin.profile import read_profile
+from moebius.hf_plugin.running import expert_files
 from moebius.hf_plugin.tools import doctor, generation, machine, memory_read
 from moebius.kernels.formats import FORMATS
 
@@ -78,6 +79,25 @@ def test_json_is_the_only_thing_on_stdout(arguments: list[str], kind: type) -> N
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, result.output
     assert isinstance(json.loads(result.stdout), kind)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_doctor_says_what_memory_bounds_have_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes in a hidden folder of which nobody knows."""
+    monkeypatch.setattr(expert_files, "cache_root", lambda: tmp_path)
+    assert "expert cache empty" in _text("doctor")
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / "old-123.safetensors").write_bytes(bytes(20_000_000))
+    text = _text("doctor")
+    assert "expert cache 0.02 GB in" in text
+    assert "(1 files, 1 of them of checkpoints that are gone or have changed)" in text
+    [file] = json.loads(invoke("doctor", "--json").stdout)["expert_cache"]
+    assert (file["nbytes"], file["usable"]) == (20_000_000, False)
+
+
+def _text(*arguments: str) -> str:
+    """What a command prints, without lines of tables."""
+    return " ".join(invoke(*arguments).stdout.replace("│", " ").split())
 
 
 @pytest.mark.usefixtures("small_machine")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,10 @@ from tests.hf_plugin.helpers import TRAINED, assert_close, prompt
 
 # per-expert tensors, packed, transposed with biases, flat, with surplus rows, other names, tied
 LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "dbrx", "longcat_flash", "mixtral", "diffusion_gemma", "qwen3_vl_moe")
+
+PLACES: tuple[dict[str, Any], ...] = (
+    {"device": "cpu"}, {"device": "emulated", "gpu_memory": 0.5}, {"device": "cpu", "cpu_memory": 0.4},
+)  # fmt: skip
 
 
 def saved(name: str, folder: Path, **kwargs: Any) -> PreTrainedModel:
@@ -50,9 +58,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(written[key], original[key]) for key in original)
 
 
-@pytest.mark.parametrize(
-    "options", [{"device": "cpu"}, {"device": "emulated", "gpu_memory": 0.5}, {"device": "cpu", "cpu_memory": 0.4}]
-)
+@pytest.mark.parametrize("options", PLACES)
 @pytest.mark.parametrize("format", ["native", "int8"])
 def test_both_forms_of_loading_compute_the_same(format: str, options: dict[str, Any], tmp_path: Path) -> None:
     """From the file as from the original, in either form, with any placement."""
@@ -142,9 +148,60 @@ def test_records_of_another_model_are_refused(tmp_path: Path) -> None:
     target.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"is damaged: expert 0 of model\.layers\.0"):
         converting.check(target.parent)
+    damage = rf"{EXPERTS} is damaged: expert 0 of model\.layers\.0.* delete it and convert"
+    for options in PLACES:  # with cpu_memory, what is computed on the CPU is checked when it is read
+        with pytest.raises(ValueError, match=damage):
+            helpers.logits(moebius.from_pretrained(str(target.parent), **options), torch.arange(32)[None])
     target.unlink()
     with pytest.raises(ValueError, match="checkpoint"):
         moebius.from_pretrained(str(target.parent), device="cpu")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_file_that_changes_while_it_is_mapped(cut: bool, tmp_path: Path) -> None:
+    """Catches weights that change under a model, and a process that ends with SIGBUS where they are gone."""
+    saved("qwen3_moe", tmp_path / "stock")
+    converting.convert(tmp_path / "stock", tmp_path / "converted")
+    model = moebius.from_pretrained(str(tmp_path / "converted"), device="cpu")
+    ids, path = prompt(model), tmp_path / "converted" / EXPERTS
+    want = helpers.logits(model, ids)
+    path.chmod(0o644)
+    if cut:
+        os.truncate(path, 8192)
+    else:
+        with path.open("r+b") as file:
+            file.seek(5000)
+            file.write(b"other")
+    with pytest.raises(ValueError, match=rf"{EXPERTS} is damaged: it was changed while it was in use; delete it"):
+        helpers.logits(model, ids)
+    path.unlink()
+    converting.convert(tmp_path / "stock", tmp_path / "again")
+    model = moebius.from_pretrained(str(tmp_path / "again"), device="cpu")
+    os.replace(tmp_path / "again" / EXPERTS, path)  # a file that is replaced stays what it was for who has it
+    assert torch.equal(helpers.logits(model, ids), want)
+
+
+KILLED = """
+import os, sys
+from moebius.cpu_experts.record_writer import RecordWriter
+from moebius.hf_plugin.checkpoints import converting
+RecordWriter.write = lambda *_: os.kill(os.getpid(), 9)
+converting.convert(*sys.argv[1:])
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    """Its folder has no name that is asked for, and the next conversion removes it, but none that is under way."""
+    saved("qwen3_moe", tmp_path / "stock")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "stock"), str(tmp_path / "converted")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not (tmp_path / "converted").exists()
+    with converting._new_folder(tmp_path / "converted") as under_way:
+        converting.convert(tmp_path / "stock", tmp_path / "converted")
+        assert under_way.exists()
+        shutil.rmtree(tmp_path / "converted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "stock"]
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])

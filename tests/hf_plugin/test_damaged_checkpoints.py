@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import moebius
 from moebius.hf_plugin.checkpoints import converting
 from tests import zoo
+from tests.hf_plugin import helpers, quantized_checkpoints
 
 INDEX = "model.safetensors.index.json"
 
@@ -132,12 +134,113 @@ def test_a_type_that_the_model_does_not_have(kind: torch.dtype, tmp_path: Path) 
         moebius.from_pretrained(str(tmp_path), device="cpu")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[str, torch.Tensor]]:
+KINDS = ("bf16", "fp8", "mxfp4")
+
+
+def written(kind: str, folder: Path, change: Callable[[dict[str, torch.Tensor]], None] | None = None) -> Path:
+    """A checkpoint of one file."""
+    if kind == "mxfp4":
+        quantized_checkpoints.write_mxfp4(folder, change)
+    elif kind == "fp8":
+        quantized_checkpoints.write("qwen3_moe", folder, "fp8", change)
+    else:
+        zoo.build("qwen3_moe").bfloat16().save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("kept", [0, 7, 5000, -1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_was_cut_short(kind: str, kept: int, tmp_path: Path) -> None:
+    """In either form of loading; a mapping of it would end the process."""
+    path = written(kind, tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as safetensors .*again"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_that_are_missing_or_damaged_are_named(kind: str, tmp_path: Path) -> None:
+    """Catches an error of quantised checkpoints that names a weight, but not the file to fetch again."""
+    path = written(kind, tmp_path)
+    tensors = load_file(path)
+    names = list(tensors)
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    path.unlink()
+    for shard, of_shard in halves.items():
+        save_file({name: tensors[name] for name in of_shard}, tmp_path / shard, {"format": "pt"})
+    shards = {name: shard for shard, of_shard in halves.items() for name in of_shard}
+    _write_index(tmp_path, shards)
+    moebius.from_pretrained(str(tmp_path), device="cpu")
+    second = tmp_path / "model-2.safetensors"
+    data = second.read_bytes()
+    second.write_bytes(data[:-10])
+    with pytest.raises(ValueError, match=r"model-2\.safetensors cannot be read as safetensors.*again"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+    second.unlink()
+    with pytest.raises(ValueError, match=r"model-2\.safetensors is missing, which .*index\.json names.*again"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+    second.write_bytes(data)
+    _write_index(tmp_path, shards | {"model.layers.0.mlp.experts.nothing": "model-2.safetensors"})
+    with pytest.raises(
+        ValueError, match=r"model-2\.safetensors has no .*experts\.nothing, which the index names.*again"
+    ):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+FP8, MXFP4 = "model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.down_proj_blocks"
+
+
+def _fewer_rows(tensors: dict[str, torch.Tensor]) -> None:
+    for name in (FP8, MXFP4):
+        if name in tensors:
+            tensors[name] = tensors[name][..., :-1, :].clone()
+
+
+def _other_matrix(tensors: dict[str, torch.Tensor]) -> None:
+    """Of the transposed shape, whose scales belong to it."""
+    for name in (FP8, f"{FP8}_scale_inv"):
+        if name in tensors:
+            tensors[name] = tensors[name].T.contiguous()
+    for end in ("blocks", "scales"):
+        if (name := f"{MXFP4.removesuffix('blocks')}{end}") in tensors:
+            tensors[name] = torch.cat([tensors[name], tensors[name]], 1)
+
+
+def _signed(tensors: dict[str, torch.Tensor]) -> None:
+    for name in (FP8, MXFP4):
+        if name in tensors:
+            tensors[name] = tensors[name].view(torch.int8)
+
+
+@pytest.mark.parametrize("change", [_fewer_rows, _other_matrix, _signed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_codes_of_a_wrong_shape_or_type(kind: str, change: Callable[..., None], tmp_path: Path) -> None:
+    """Catches codes that are read as other weights."""
+    written(kind, tmp_path, change)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts.*(model\.safetensors|again)"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    """In either form of loading, also where transformers would take it."""
+    path = written("bf16", tmp_path)
+    path.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    with pytest.raises(OSError, match="safetensors"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no safetensors file.*save_pretrained"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=moebius.MoebiusConfig(device="cpu"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, bytes, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("whole")
-    model = zoo.build("qwen3_moe")
-    model.save_pretrained(folder)
-    return folder, (folder / "model.safetensors").read_bytes(), model.state_dict()
+    path = written(request.param, folder)
+    model = moebius.from_pretrained(str(folder), device="cpu")
+    moebius.unpatch(model)
+    return folder, path.read_bytes(), helpers.weights(model)  # copies: stock maps the file, which is overwritten
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)

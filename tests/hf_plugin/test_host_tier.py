@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 import moebius
 from moebius.gpu_cache.policy import Static
+from moebius.hf_plugin.running import expert_files
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, prompt
@@ -24,8 +28,6 @@ EXPERT = 3 * 64 * 32 * 4  # bytes of an expert of zoo's qwen3_moe: 2 layers of 8
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from moebius.hf_plugin.running import expert_files
-
     monkeypatch.setattr(expert_files, "cache_root", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "experts"
 
@@ -138,9 +140,38 @@ def test_the_file_is_written_once_and_found_again(tmp_path: Path, cache_folder: 
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     load(folder, expert_format="int8")
     assert len(list(cache_folder.iterdir())) == 2
-    os.utime(folder / "model.safetensors", ns=(0, 0))
-    load(folder)
-    assert len(list(cache_folder.iterdir())) == 3
+
+
+def test_files_that_can_never_be_used_again_go_when_another_is_written(tmp_path: Path, cache_folder: Path) -> None:
+    """Catches a folder that grows for ever: of a checkpoint that changed, one that is gone, and killed writers."""
+    folders = [saved_only("qwen3_moe", tmp_path / name) for name in ("kept", "changed", "gone")]
+    models = [load(folder) for folder in folders]
+    want = helpers.logits(models[1], torch.arange(4)[None])
+    kept = next(cache_folder.glob("kept-*"))
+    assert [file.usable for file in expert_files.cached_files()] == [True] * 3
+    os.utime(folders[1] / "model.safetensors", ns=(0, 0))
+    shutil.rmtree(folders[2])
+    (cache_folder / "other-123.safetensors.abc.partial").touch()
+    (cache_folder / "damaged.safetensors").write_bytes(b"123")
+    found = {Path(file.path).name.partition("-")[0]: file.usable for file in expert_files.cached_files()}
+    assert found == {"changed": False, "damaged.safetensors": False, "gone": False, "kept": True}
+    assert {file.nbytes for file in expert_files.cached_files() if file.usable} == {kept.stat().st_size}
+    load(folders[1])
+    assert sorted(path.name.partition("-")[0] for path in cache_folder.iterdir()) == ["changed", "kept"]
+    assert_close(helpers.logits(models[1], torch.arange(4)[None]), want)  # its file has no name, but is open
+
+
+def test_experts_that_have_no_room_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a model that is slow for want of memory, which only its statistics would show."""
+    folder = saved_only("qwen3_moe", tmp_path / "model")
+    memory = psutil.virtual_memory()._replace(available=int((expert_files.AUTO_RESERVE_BYTES + 10 * EXPERT) / 0.9))
+    monkeypatch.setattr(expert_files.psutil, "virtual_memory", lambda: memory)
+    model = load(folder, cpu_memory="auto")
+    helpers.logits(model, prompt(model))
+    assert moebius.stats(model).sums.disk_reads > 0
+    assert len(re.findall("host memory has room for .* the others are read from .*safetensors", caplog.text)) == 1
 
 
 def test_a_damaged_cache_file_is_an_error(tmp_path: Path, cache_folder: Path) -> None:
@@ -155,6 +186,8 @@ def test_a_damaged_cache_file_is_an_error(tmp_path: Path, cache_folder: Path) ->
     model = load(folder)
     with pytest.raises(ValueError, match=rf"{file.name} is damaged: expert 0 of model.layers.0.* delete it"):
         helpers.logits(model, prompt(model, 4, 32))
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged: expert 0 of model.layers.0.* delete it"):
+        load(folder, **PLACES["emulated"])  # uploads take records where they are mapped
     file.unlink()
     file.write_bytes(data[:-100])
     with pytest.raises(ValueError, match=rf"{file.name} is damaged"):
