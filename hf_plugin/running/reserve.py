@@ -96,11 +96,13 @@ def _width(config: Any, hidden: int, kind: str) -> int:
 def _index_width(config: Any, layer: int) -> int:
     """Values of the key by which sparse attention (DSA) finds each token; layers that share another's choice have none.
 
-    Where attention is compressed as well there is one key for several tokens, which is not counted.
+    Where keys are pooled, each has a gate of its width and a mark beside it.
     """
     kinds = getattr(config, "indexer_types", None)
-    shared = kinds is not None and kinds[layer] == "shared"
-    return 0 if shared or not _number(config, "kv_lora_rank") else _number(config, "index_head_dim")
+    if (kinds is not None and kinds[layer] == "shared") or not _number(config, "kv_lora_rank"):
+        return 0
+    width = _number(config, "index_head_dim")
+    return 2 * width + 1 if _number(config, "index_kpool") else width
 
 
 def _activations(config: Any, hidden: int, itemsize: int) -> int:
