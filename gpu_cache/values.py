@@ -56,7 +56,8 @@ class ValuedPolicy:
         features = len(rule.weights)
         pairs = [count * count if rule.paired else 0 for count in self._experts]
         flags = (rule.kind, rule.learned, rule.paired, rule.linked, rule.frozen_after, rule.per_layer)
-        self._facts: np.ndarray = np.array([price, 1 / 8])  # the share is followed; 1/8 only starts it
+        # The share of experts that a step uses is followed, that of slots known from the first table on.
+        self._facts: np.ndarray = np.array([price, 1 / 8, 1 / 4])
         self._shares: np.ndarray = np.zeros(layers + 1, np.int64)
         value = np.zeros(keys)
         linked, first_links = layers if rule.linked else 0, _first_links(self._experts)
@@ -133,6 +134,7 @@ class ValuedPolicy:
     def bind(self, table: SlotTable) -> np.ndarray:
         """The table's arrays as a bundle of `residency.TABLE`; sees to shares of as many slots."""
         if self._bound is None or self._bound[0] is not table:
+            self._facts[residency.ROOM] = table.slots / len(table.slot_of)
             if self.rule.per_layer:
                 self._shares[1:] = np.cumsum(divide(table.slots, self._experts))
             # last, so that an interrupt before it leaves nothing half done

@@ -23,9 +23,10 @@ ADMIT, PREFETCH, DEMAND = 0, 1, 2
 # of a layer after which values stay as they are (0: never); whether each layer has slots of its own.
 KIND, LEARNED, PAIRED, LINKED, FROZEN_AFTER, PER_LAYER = range(6)
 RULES = 6
-# facts float64: price of an upload in misses; share of a layer's experts that a step uses, followed.
-PRICE, SHARE = range(2)
-FACTS = 2
+# facts float64: price of an upload in misses; share of a layer's experts that a step uses, followed; share of all
+# experts that there are slots for.
+PRICE, SHARE, ROOM = range(3)
+FACTS = 3
 
 # The state: kinds of its arrays, and what they hold.
 _I64, _I32, _F64, _F32 = np.int64, np.int32, np.float64, np.float32
@@ -77,11 +78,11 @@ def opened(words):  # type: ignore[no-untyped-def]
 
 @helper
 def horizon(facts):  # type: ignore[no-untyped-def]
-    """Steps over which an upload has to pay: longer for dear uploads and for experts that are used rarely.
+    """Steps over which an upload has to pay: longer for dear uploads, and where slots hold the experts of many steps.
 
     Best on real routing within a tenth, from top-1 to top-8 of 32 and 64 experts and prices from 1/4 to 3.
     """
-    return max(2.0, math.sqrt(8.0 / max(facts[SHARE], 1e-6)) * facts[PRICE] ** 0.75)
+    return max(2.0, math.sqrt(32.0 * facts[ROOM] / max(facts[SHARE], 1e-6)) * facts[PRICE] ** 0.75)
 
 
 @helper

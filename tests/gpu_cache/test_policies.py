@@ -62,7 +62,8 @@ class PlainEMA:
 
     def step(self, layer: int, experts: list[int]) -> tuple[int, int]:
         self.share += 0.01 * (len(experts) / self.experts - self.share)
-        horizon = max(2.0, math.sqrt(8 / self.share) * self.price**0.75)
+        room = self.slots / (2 * self.experts) if self.kept else 1 / 4  # known from the first upload on
+        horizon = max(2.0, math.sqrt(32 * room / self.share) * self.price**0.75)
         self.steps[layer] = self.steps.get(layer, 0) + 1
         rate = max(1 - 0.5 ** (1 / 16), 1 / (self.steps[layer] + 1))
         for expert in range(self.experts):
