@@ -3,8 +3,8 @@
 transformers finds out which tensors make which weight, and hands weights to a quantizer one at a time. Ours puts
 those of experts into the `ExpertStore` of their layer and returns nothing, so that they never become parameters: the
 peak is the stores plus one packed tensor. Matrices that a file has as the records have them, single or packed, are read
-by threads of our own (`_ExpertWeight`); those transposed, interleaved or of another dtype come through transformers.
-Everything else loads as usual. No trace of a quantizer remains on the model.
+by threads of our own (`conversions.ExpertWeight`); those transposed, interleaved or of another dtype come through
+transformers. Everything else loads as usual. No trace of a quantizer remains on the model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.hf_plugin.checkpoints.codes import methods
+from moebius.hf_plugin.checkpoints.conversions import IntoStore, of_experts
 from moebius.hf_plugin.checkpoints.files import check_index, check_tensors
 from moebius.hf_plugin.checkpoints.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.checkpoints.quantized import QuantizedCheckpoint
@@ -163,7 +164,7 @@ class MoebiusQuantizer(HfQuantizer):
         return self._held(model, param_name) is not None
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _IntoStore(self)
+        return IntoStore(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any, **more: Any) -> list[Any]:
         # transformers 5.17 does not pass the model
@@ -172,10 +173,7 @@ class MoebiusQuantizer(HfQuantizer):
         self._conversions = super().update_weight_conversions(weight_conversions, *model, **more)
         known = {pattern for entry in self._conversions for pattern in getattr(entry, "source_patterns", ())}
         packed = {name for site in self._sites for name in site.params.names if site.params.stacked(name)} - known
-        return [
-            _ExpertWeight(self, entry) if _of_experts(entry) else entry
-            for entry in [*self._conversions, *(WeightConverter(name, name, [_Packed()]) for name in sorted(packed))]
-        ]
+        return of_experts(self, self._conversions, sorted(packed))
 
     def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
         """Take one expert tensor out of the loading."""
@@ -335,103 +333,6 @@ class MoebiusQuantizer(HfQuantizer):
                 f"the checkpoint in {self._folder} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it "
                 "is incomplete or belongs to another architecture; download or copy it again"
             )
-
-
-class _ExpertWeight(WeightConverter):
-    """Stands for the conversion that makes a weight of experts; where it only stacks tensors, they are read instead."""
-
-    __slots__ = ("original", "quantizer")
-
-    def __init__(self, quantizer: MoebiusQuantizer, original: WeightConverter) -> None:
-        sources, targets = list(original._original_source_patterns), list(original._original_target_patterns)
-        super().__init__(sources, targets, original.operations, force_cpu=True)  # experts stay in host memory
-        for name in ("scope_prefix", "base_model_prefix"):  # transformers 5.17 lacks some
-            if hasattr(original, name):
-                setattr(self, name, getattr(original, name))
-        self.operations = [_Guarded(quantizer, original.operations)]
-        self.quantizer, self.original = quantizer, original
-
-    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        if _stacks(self.original.operations):
-            self.quantizer.collect(target_key, self.source_patterns, source_pattern, source_key)
-        super().add_tensor(target_key, source_key, source_pattern, future)
-
-    def convert(
-        self,
-        layer_name: str,
-        model: Any = None,
-        config: Any = None,
-        hf_quantizer: Any = None,
-        loading_info: Any = None,
-    ) -> dict[str, Any]:
-        if self.quantizer.read(model, layer_name):
-            self.quantizer.settle(model, layer_name, loading_info.missing_keys)
-            return {}
-        return super().convert(layer_name, model, config, hf_quantizer, loading_info)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ExpertWeight:
-        """transformers copies conversions for every tensor."""
-        return _ExpertWeight(self.quantizer, self.original)
-
-
-class _Guarded(ConversionOps):
-    """Stands for the operations that put a weight of experts together; has the load fail where they do."""
-
-    def __init__(self, quantizer: MoebiusQuantizer, operations: list[ConversionOps]) -> None:
-        self._quantizer, self._operations = quantizer, operations
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        try:
-            for operation in self._operations:
-                input_dict = operation.convert(input_dict, source_patterns, target_patterns, **kwargs)
-        except (RuntimeError, ValueError, KeyError) as error:
-            self._quantizer.refuse(kwargs["full_layer_name"], error)
-            return {_TAKEN: []}
-        return input_dict
-
-
-class _Packed(ConversionOps):
-    """Leaves a weight as it is, which a file has packed as the module has."""
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
-_TAKEN = "\0"  # stands in the result of a conversion for a weight that has been taken; part of no name
-
-
-def _of_experts(entry: Any) -> bool:
-    if not isinstance(entry, WeightConverter):
-        return False
-    return any("experts" in pattern for pattern in entry.source_patterns) or isinstance(entry.operations[0], _Packed)
-
-
-def _stacks(operations: list[ConversionOps]) -> bool:
-    """Whether operations do no more than stack experts, and concatenate the stacks of their matrices."""
-    match operations:
-        case [_Packed()] | [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
-            return True
-    return False
-
-
-class _IntoStore(ConversionOps):
-    """The last step of a weight's conversion: it is taken, and nothing is left to assign."""
-
-    def __init__(self, quantizer: MoebiusQuantizer) -> None:
-        self._quantizer = quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, list[torch.Tensor]]:
-        model, missing_keys = kwargs["model"], kwargs.get("missing_keys")
-        taken = _TAKEN in input_dict
-        for name, value in ({kwargs["full_layer_name"]: []} if taken else input_dict).items():
-            if not taken:
-                self._quantizer.take(model, name, value[0] if isinstance(value, list) else value)
-            self._quantizer.settle(model, name, missing_keys)  # else it would be initialised at random
-        return {}
 
 
 def _format(site: ExpertsSite, options: Options, name: str, file: RecordFile | None) -> str:
