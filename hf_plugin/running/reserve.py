@@ -63,7 +63,7 @@ def reserve_for(config: Any, itemsize: int) -> Reserve:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [same] * count
     each = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
     kept = sum(
-        _kept(each[i], kind, tokens) * (_width(each[i], hidden, kind) + _index_width(each[i], i))
+        _kept(each[i], kind, tokens) * (_width(each[i], hidden, kind) + _index_width(each[i], kind, i))
         for i, kind in enumerate(kinds[:count])
     )
     return Reserve(tokens, kept * itemsize, min(tokens, PROMPT_TOKENS) * _activations(text, hidden, itemsize))
@@ -93,11 +93,13 @@ def _width(config: Any, hidden: int, kind: str) -> int:
     return 2 * keys * width
 
 
-def _index_width(config: Any, layer: int) -> int:
-    """Values of the key by which sparse attention (DSA) finds each token; layers that share another's choice have none.
+def _index_width(config: Any, kind: str, layer: int) -> int:
+    """Values of the keys by which sparse attention finds each token; layers that share another's choice have none.
 
-    Where keys are pooled, each has a gate of its width and a mark beside it.
+    Where keys are pooled (DSA), each has a gate of its width and a mark beside it.
     """
+    if "indexed" in kind and (heads := _number(config, "indexer_kv_heads")):
+        return heads * _number(config, "indexer_head_dim")
     kinds = getattr(config, "indexer_types", None)
     if (kinds is not None and kinds[layer] == "shared") or not _number(config, "kv_lora_rank"):
         return 0
