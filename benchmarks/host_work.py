@@ -187,12 +187,12 @@ class Case:
         return [self.rng.random(EXPERTS) for _ in range(LAYERS)]
 
     def _ids(self, layer: int) -> np.ndarray:
-        """Experts of each row: all at random, or one of them absent and the others resident."""
+        """Experts of each row: one of them absent and the others resident; where there are none such, all at random."""
         tier = self.layers[0].runtime.tiers.get(layer)
-        if tier is None or self.name == "hits":
-            return np.stack([self.rng.permutation(EXPERTS)[:TOP_K] for _ in range(self.rows)])
-        slots = tier.cache.slots_of(layer)
+        slots = np.zeros(EXPERTS) if tier is None else tier.cache.slots_of(layer)
         there, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if not len(absent) or len(there) < TOP_K:
+            return np.stack([self.rng.permutation(EXPERTS)[:TOP_K] for _ in range(self.rows)])
         rows = [[*self.rng.permutation(there)[: TOP_K - 1], self.rng.choice(absent)] for _ in range(self.rows)]
         return np.array(rows)
 

@@ -280,6 +280,8 @@ def main() -> None:
     if chosen.load:
         print(json.dumps(load(chosen.load, chosen.folder)))
         return
+    if chosen.folder:
+        chosen.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=chosen.folder and chosen.folder.parent) as work:
         folder = chosen.folder or Path(work) / "checkpoint"
         if not folder.exists():
