@@ -266,6 +266,14 @@ def show(rows: list[dict[str, Any]], nbytes: int, write: Callable[[str], None] =
         write(f"{row['variant']:>10} {row['load_s']:8.2f} {rate:7.2f} {cells[0]:>14} {cells[1]:>8} {cells[2]:>9}")
 
 
+def record(module: str, out: Path, folder: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write rows with the command that repeats them, wherever the checkpoint was."""
+    from moebius.hf_plugin.tools.record import write_record
+
+    arguments = ["FOLDER" if argument == str(folder) else argument for argument in sys.argv[1:]]
+    write_record(out, ["python", "-m", module, *arguments], facts, rows)
+
+
 def main() -> None:
     """Parse arguments and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -293,11 +301,8 @@ def main() -> None:
         shutil.rmtree(scratch)
     show(rows, nbytes)
     if chosen.json:
-        from moebius.hf_plugin.tools.record import write_record
-
         facts = {"layout": chosen.layout, "file_bytes": nbytes, "repeats": chosen.repeats}
-        arguments = [str(n) if n != str(chosen.folder) else "FOLDER" for n in sys.argv[1:]]
-        write_record(chosen.json, ["python", "-m", "benchmarks.loading", *arguments], facts, rows)
+        record("benchmarks.loading", chosen.json, chosen.folder, facts, rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loading import LAYOUTS, Peak, forget, generate, size_of, use_compiled_kernels
+from benchmarks.loading import LAYOUTS, Peak, forget, generate, record, size_of, use_compiled_kernels
 
 ROWS = ("stock", "limited", "again", "whole")
 
@@ -115,7 +115,6 @@ def main() -> None:
         print(json.dumps(run(chosen.row, chosen.folder, chosen.cpu_memory, chosen.new_tokens)))
         return
     from moebius.hf_plugin.options import parse_memory
-    from moebius.hf_plugin.tools.record import write_record
 
     if not chosen.folder.exists():
         generate(chosen.folder, chosen.gigabytes, chosen.layout)
@@ -136,8 +135,7 @@ def main() -> None:
     if chosen.json:
         facts = {"layout": chosen.layout, "file_bytes": size_of(chosen.folder), "limit_bytes": limit}
         facts["limit"] = "RLIMIT_DATA" if chosen.cgroup is None else "cgroup"
-        command = [str(n) if n != str(chosen.folder) else "FOLDER" for n in sys.argv[1:]]
-        write_record(chosen.json, ["python", "-m", "benchmarks.memory_limit", *command], facts, rows)
+        record("benchmarks.memory_limit", chosen.json, chosen.folder, facts, rows)
 
 
 if __name__ == "__main__":
