@@ -101,7 +101,7 @@ def main() -> None:
     experts, hidden, intermediate, top_k = (int(part) for part in arguments.shape.split(","))
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    layer, executor = stock(experts, hidden, intermediate, top_k), CpuExecutor(arguments.threads)
+    layer, executor = stock(experts, hidden, intermediate, top_k), CpuExecutor(arguments.threads, beside_torch=True)
     variants: dict[str, Call] = {"stock bf16": layer}
     variants |= {format: ours(layer, format, executor) for format in arguments.formats.split(",")}
     rows = []

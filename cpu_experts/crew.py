@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moebius.cpu_experts import team
 from moebius.kernels.numba import crew as kernels
 from moebius.kernels.numba.memory import FUTEX
 
@@ -151,10 +152,11 @@ class SharedCrew:
             self._users += 1
         return weakref.finalize(user, self._leave)
 
-    def run(self, function: int, job: int, workers: int) -> None:
-        """As `Crew.run`, from any thread."""
+    def run(self, function: int, job: int, workers: int, beside_torch: bool) -> None:
+        """As `Crew.run`, from any thread; with torch's threads where they spin beside ours and can do it."""
         with self._turn:
-            self._crew.run(function, job, workers)
+            if not (beside_torch and team.run(function, job, workers)):
+                self._crew.run(function, job, workers)
 
     def _leave(self) -> None:
         with self._turn:

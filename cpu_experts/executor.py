@@ -22,17 +22,18 @@ _KEPT_BYTES = 1 << 26
 class CpuExecutor:
     """Computes the experts of any `ExpertStore`; safe to call from any number of threads.
 
-    Calls take turns, since each uses all processors. The worker threads are those of all executors of the process; they
-    start at the first call and end when the last executor is closed.
+    Calls take turns, since each uses all processors. The worker threads are torch's own, or belong to all executors of
+    the process: then they start at the first call and end when the last executor is closed.
 
     Args:
         threads: number of threads that work on one call, the caller included.
+        beside_torch: whether torch computes on the same processors between calls (see `team`).
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, beside_torch: bool = False) -> None:
         if threads < 1:
             raise ValueError(f"cpu_threads must be at least 1, not {threads}")
-        self.threads = threads
+        self.threads, self._beside_torch = threads, beside_torch
         self._leave = shared.join(self)
         self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
         self._job = new_job()
@@ -68,7 +69,7 @@ class CpuExecutor:
     def _run_kernels(self, layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
         scratch = prepare(self._job, layer, x, routes, out, self._reserve)
         if len(routes.tokens):
-            shared.run(layer.work.address, self._job_address, self.threads - 1)
+            shared.run(layer.work.address, self._job_address, self.threads - 1, self._beside_torch)
         del scratch  # not before the job is done
 
     def _reserve(self, count: int) -> np.ndarray:

@@ -72,7 +72,8 @@ class ModelRuntime:
         _runtimes.add(self)
         self._names = list(names)
         self._patched = len(names)
-        self.executor = CpuExecutor(self.options.cpu_threads or default_threads())
+        threads = self.options.cpu_threads or default_threads()
+        self.executor = CpuExecutor(threads, beside_torch=self.options.device == "cpu")
         self.tiers: dict[int, Tier] = {}  # of each layer; layers on one device share one
         self.host: HostTier | None = self._open_host()
         self.recorder: Recorder | None = None

@@ -121,7 +121,7 @@ def run(
     cpu = machine.cpu()
     threads = threads or min(cpu.physical_cores, cpu.usable_cores)
     spec, source = ExpertSpec(shape.hidden, shape.intermediate), RandomExperts(shape)
-    executor = CpuExecutor(threads)
+    executor = CpuExecutor(threads, beside_torch=True)
     try:
         for format in formats:
             layout = RecordLayout.of(spec, format)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moebius.cpu_experts import crew as crew_module
+from moebius.cpu_experts import team
 from moebius.cpu_experts.crew import Crew, ResidentCrew, WaitingCrew, make_crew
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.kernels.experts import ExpertSpec
@@ -84,6 +85,50 @@ def test_jobs_for_more_and_for_fewer_workers_alternate(crew: Crew) -> None:
         job[8] = workers + 1
         crew.run(count_threads.address, job.ctypes.data, workers)
         assert job[0] == workers + 1
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's number of threads, for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@linux
+def test_torch_threads_work_on_a_job_of_their_number(torch_threads: Callable[[int], None]) -> None:
+    """Bug: a team of another size works on it; units are lost; threads of ours start beside torch's."""
+    for threads in (2, 3, 2):
+        torch_threads(threads)
+        job = np.zeros(16, np.int64)
+        job[8] = threads
+        assert team.run(count_threads.address, job.ctypes.data, threads - 1)
+        assert job[0] == threads
+    job = np.zeros(8 + UNITS, np.int64)
+    assert not any(team.run(count_units.address, job.ctypes.data, workers) for workers in (0, 2, 5))
+    assert not job.any()
+    assert team.run(count_units.address, job.ctypes.data, 1)
+    assert (job[8:] == 1).all()
+
+
+@linux
+def test_an_executor_beside_torch_takes_its_threads_and_has_the_same_result(
+    torch_threads: Callable[[int], None],
+) -> None:
+    """Bug: the model's setting does not arrive, and threads compete; or the result depends on who computes it."""
+    store, routes = random_store(ExpertSpec(300, 200), "bf16", 4), random_routes(3, 2, 4)
+    x, before = torch.randn(3, 300), set(threading.enumerate())
+    executors, results = [CpuExecutor(3), CpuExecutor(3, beside_torch=True)], [torch.zeros(3, 300) for _ in range(3)]
+    torch_threads(3)
+    executors[1].run(store, x, routes, results[1])
+    assert set(threading.enumerate()) == before
+    torch_threads(2)  # fewer than asked for: threads of ours
+    executors[1].run(store, x, routes, results[2])
+    assert len(set(threading.enumerate()) - before) == 2
+    executors[0].run(store, x, routes, results[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    for executor in executors:
+        executor.close()
 
 
 def test_executors_share_threads_that_end_with_the_last() -> None:
@@ -171,7 +216,8 @@ store = ExpertStore.empty(spec, RecordLayout.of(spec, "fp32"), 2)
 for expert in range(2):
     for part in store.weights(expert)[:3]:
         part.fill_(0.01)
-x, executor = torch.ones(2, 64), CpuExecutor(3)
+torch.set_num_threads(3)
+x, executor = torch.ones(2, 64), CpuExecutor(3, beside_torch=BESIDE_TORCH)
 routes = build_routes(np.array([[0, 1], [1, 0]]), np.ones((2, 2), np.float32), 2)
 def run():
     out = torch.zeros(2, 64)
@@ -181,11 +227,19 @@ plain = run()
 """
 
 
+beside_torch = pytest.mark.parametrize("beside_torch", [False, True])
+
+
+def _setup(beside_torch: bool) -> str:
+    return f"BESIDE_TORCH = {beside_torch}{_SETUP}"
+
+
 @linux
-def test_a_forked_child_computes_too(run_python: RunPython) -> None:
-    """Bug: the child waits for workers, or for a lock, that live in the parent only."""
+@beside_torch
+def test_a_forked_child_computes_too(beside_torch: bool, run_python: RunPython) -> None:
+    """Bug: the child waits for workers, or for a lock, that live in the parent only; so do those of OpenMP."""
     code = (
-        _SETUP
+        _setup(beside_torch)
         + """
 stop = False
 def busy():
@@ -209,16 +263,18 @@ assert torch.equal(run(), plain)
     run_python(code, cwd=_ROOT, path=(_ROOT,))
 
 
-def test_the_process_ends_without_close(run_python: RunPython) -> None:
+@beside_torch
+def test_the_process_ends_without_close(beside_torch: bool, run_python: RunPython) -> None:
     """Bug: a worker in compiled code keeps the process from ending, or crashes it at the end."""
-    code = _SETUP + "threading.Thread(target=run).start()\nprint('done')\n"
+    code = _setup(beside_torch) + "threading.Thread(target=run).start()\nprint('done')\n"
     assert run_python(code, cwd=_ROOT, path=(_ROOT,)).stdout.strip() == "done"
 
 
-def test_four_callers_released_at_once(run_python: RunPython) -> None:
+@beside_torch
+def test_four_callers_released_at_once(beside_torch: bool, run_python: RunPython) -> None:
     """Bug: the first calls of a process race in compiling, or in starting the workers, and abort the process."""
     code = (
-        _SETUP.replace("plain = run()\n", "")
+        _setup(beside_torch).replace("plain = run()\n", "")
         + """
 barrier, results = threading.Barrier(4), []
 def call():
