@@ -12,7 +12,7 @@ import torch
 from moebius.cpu_experts.crew import shared
 from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
-from moebius.kernels.numba.arguments import Layer, check, describe, new_job, prepare
+from moebius.kernels.numba.arguments import Layer, check, new_job, prepare
 from moebius.kernels.routes import Routes
 
 # Bytes of scratch memory that stay allocated between calls; longer prompts allocate theirs for the call alone.
@@ -35,7 +35,6 @@ class CpuExecutor:
             raise ValueError(f"cpu_threads must be at least 1, not {threads}")
         self.threads, self._beside_torch = threads, beside_torch
         self._leave = shared.join(self)
-        self._layers: weakref.WeakKeyDictionary[ExpertStore, Layer] = weakref.WeakKeyDictionary()
         self._job = new_job()
         self._job_address = self._job.ctypes.data
         self._scratch = np.empty(0, np.uint8)
@@ -58,13 +57,10 @@ class CpuExecutor:
         with self._turn:
             if self._closed:
                 raise RuntimeError("this CpuExecutor is closed; create another")
-            layer = self._layers.get(store)
-            if layer is None and not store.spec.torch_code:
-                layer = self._layers[store] = describe(store.spec, store.layout, store.records)
-            if layer is None:
+            if store.spec.torch_code:
                 _run_torch(store, x, routes, out)
             else:
-                self._run_kernels(layer, x, routes, out)
+                self._run_kernels(store.described, x, routes, out)
 
     def _run_kernels(self, layer: Layer, x: torch.Tensor, routes: Routes, out: torch.Tensor) -> None:
         scratch = prepare(self._job, layer, x, routes, out, self._reserve)

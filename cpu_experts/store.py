@@ -5,16 +5,18 @@ from __future__ import annotations
 import mmap
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.numba.arguments import Layer, describe
 from moebius.kernels.packing import unpack
 
 _HUGE_PAGE = 2 << 20  # bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, eq=False)
 class ExpertStore:
     """The experts of one layer: record e holds expert e's weights in the layout's format.
 
@@ -67,6 +69,11 @@ class ExpertStore:
     def nbytes(self) -> int:
         """Bytes of all records."""
         return self.num_experts * self.layout.nbytes
+
+    @cached_property
+    def described(self) -> Layer:
+        """As kernels see them. Raises ValueError for experts that are torch code."""
+        return describe(self.spec, self.layout, self.records)
 
     def weights(self, expert: int) -> ExpertWeights:
         """One expert's weights: views to fill, read or restore in a float format, fp32 copies in a quantised one."""
