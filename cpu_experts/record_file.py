@@ -9,10 +9,7 @@ they were made from. Data start at a multiple of 4096 bytes, records at multiple
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import warnings
-import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -26,6 +23,7 @@ import numpy as np
 import torch
 
 from moebius.cpu_experts.direct_reads import PAGE, DirectReads
+from moebius.cpu_experts.mapped_file import MappedFile
 from moebius.kernels.experts import RECORD_ALIGNMENT, RecordLayout
 from moebius.kernels.formats import coding
 
@@ -129,9 +127,11 @@ class RecordFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path = Path(path)
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._close = weakref.finalize(self, os.close, self._fd)
-        self._direct, self._opened = DirectReads(self._fd, self.path), self._state()
+        if (size := os.stat(path).st_size) < 8:
+            raise self._damaged(f"it has {size} bytes")
+        self.mapped: MappedFile = MappedFile(path)
+        self._fd = self.mapped.fd
+        self._direct = DirectReads(self._fd, self.path)
         header = self._header()
         self.facts, self.layers = self._parse(header)
         self._plan = FilePlan.of(self.layers, self.facts)
@@ -142,17 +142,14 @@ class RecordFile:
         self._proven: np.ndarray = np.zeros(len(self._checksums), bool)  # compared with what was read
         if self._checksums[0] != zlib.crc32(header):
             raise self._damaged("its header does not have the checksum that it was written with")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            mapped = torch.frombuffer(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
-        self._mapped, self._base = mapped, mapped.data_ptr()
+        self._base = self.mapped.bytes.data_ptr()
         self._starts = [self._plan.pieces[name].start for name in self.layers]
         self._names = list(self.layers)
 
     def records(self, name: str) -> torch.Tensor:
         """A layer's records in the mapped file, uint8 [E, nbytes]; they must not be written."""
         piece = self._plan.pieces[name]
-        return self._mapped[piece.start : piece.end].view(piece.count, piece.nbytes)
+        return self.mapped.bytes[piece.start : piece.end].view(piece.count, piece.nbytes)
 
     def extras(self, name: str) -> dict[str, torch.Tensor]:
         """Copies of a layer's extra tensors, checked."""
@@ -220,12 +217,8 @@ class RecordFile:
         Raises:
             ValueError: the file was written to, or cut short, where it lies. One that replaces it does no harm.
         """
-        if self._state() != self._opened:
+        if not self.mapped.unchanged:
             raise self._damaged("it was changed while it was in use")
-
-    def _state(self) -> tuple[int, int]:
-        facts = os.fstat(self._fd)
-        return facts.st_size, facts.st_mtime_ns
 
     def _check(self, name: str, number: int, target: np.ndarray) -> None:
         piece = self._plan.pieces[name]
@@ -254,8 +247,6 @@ class RecordFile:
 
     def _header(self) -> bytes:
         size = os.fstat(self._fd).st_size
-        if size < 8:
-            raise self._damaged(f"it has {size} bytes")
         start = self._bytes(0, 8).tobytes()
         length = int.from_bytes(start, "little")
         if length > min(size - 8, _MAX_HEADER):

@@ -1,14 +1,16 @@
-"""Host memory that holds the experts of one layer, one contiguous record per expert."""
+"""Host memory that holds the experts of one layer, in records, or as tensors of a checkpoint that is mapped."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from moebius.cpu_experts.mapped_file import MappedFile
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.numba.arguments import Layer, describe
 from moebius.kernels.packing import unpack
@@ -18,24 +20,29 @@ _HUGE_PAGE = 2 << 20  # bytes
 
 @dataclass(frozen=True, eq=False)
 class ExpertStore:
-    """The experts of one layer: record e holds expert e's weights in the layout's format.
+    """The experts of one layer, in records in the layout's format, or, in a float format, wherever their tensors are.
 
-    Fill it through the views of `weights`; afterwards it is read by any number of threads and never written.
+    Fill records through the views of `weights`; afterwards a store is read by any number of threads and never written.
 
     Args:
         spec: the mathematics of the layer's experts.
         layout: the byte layout of a record.
         num_experts: E.
-        records: uint8 [E, layout.nbytes], contiguous, on the CPU, aligned to `RECORD_ALIGNMENT` bytes.
+        content: records uint8 [E, layout.nbytes], contiguous, on the CPU, aligned to `RECORD_ALIGNMENT` bytes; or each
+            weight's tensors by its name, one an expert, contiguous, on the CPU.
+        files: mapped files that have it, if any do.
     """
 
     spec: ExpertSpec
     layout: RecordLayout
     num_experts: int
-    records: torch.Tensor
+    content: torch.Tensor | Mapping[str, Sequence[torch.Tensor]]
+    files: tuple[MappedFile, ...] = ()
 
     def __post_init__(self) -> None:
-        records, shape = self.records, (self.num_experts, self.layout.nbytes)
+        if not isinstance(self.content, torch.Tensor):
+            return  # checked by whoever computes with it
+        records, shape = self.content, (self.num_experts, self.layout.nbytes)
         if records.dtype != torch.uint8 or tuple(records.shape) != shape or not records.is_contiguous():
             raise ValueError(
                 f"expert records must be contiguous uint8 {list(shape)}, but are {records.dtype} {list(records.shape)}"
@@ -73,11 +80,33 @@ class ExpertStore:
     @cached_property
     def described(self) -> Layer:
         """As kernels see them. Raises ValueError for experts that are torch code."""
-        return describe(self.spec, self.layout, self.records)
+        return describe(self.spec, self.layout, self.parts)
+
+    @property
+    def records(self) -> torch.Tensor:
+        """The records, of which there are none where experts are used in a checkpoint's files."""
+        assert isinstance(self.content, torch.Tensor), "experts in a checkpoint's files have no records"
+        return self.content
+
+    @property
+    def parts(self) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+        """Views of every stored tensor by its name in `layout.parts()`, one an expert."""
+        return self.layout.stored(self.content) if isinstance(self.content, torch.Tensor) else self.content
 
     def weights(self, expert: int) -> ExpertWeights:
-        """One expert's weights: views to fill, read or restore in a float format, fp32 copies in a quantised one."""
-        return unpack(self.layout, self.records[expert])
+        """One expert's weights: views to fill, read or restore in a float format, fp32 copies in a quantised one.
+
+        What is in files can only be read.
+        """
+        if isinstance(self.content, torch.Tensor):
+            return unpack(self.layout, self.content[expert])
+        views = {name: tensors[expert] for name, tensors in self.content.items()}
+        return ExpertWeights(*(views.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a file was written to, or cut short, where it lies."""
+        for file in self.files:
+            file.check_unchanged()
 
 
 def allocate(nbytes: int) -> torch.Tensor:

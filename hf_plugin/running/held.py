@@ -15,7 +15,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
-from moebius.kernels.packing import CodedMatrix, pack, unpack
+from moebius.kernels.packing import CodedMatrix, pack
 
 _HOST = torch.device("cpu")
 
@@ -150,7 +150,7 @@ class HeldWeights:
         }
         views = self._params.views(result)
         for expert in range(self.num_experts) if only is None else only:  # one by one: quantised ones unpack to fp32
-            weights = unpack(self.layout, self.store.records[expert])
+            weights = self.store.weights(expert)
             for part, view in views.items():
                 view[expert].copy_(getattr(weights, part))
         for name, rows in self.surplus.items():

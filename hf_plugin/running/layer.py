@@ -162,7 +162,7 @@ class PatchedLayer:
             raise RuntimeError("a patched model cannot move to the meta device: unpatch it first")
         if probe.dtype != held.dtype:
             held.convert(probe.dtype, self.name)
-        if self.store.records is not held.store.records:  # by this call, or by that of a module with the same experts
+        if self.store.content is not held.store.content:  # by this call, or by that of a module with the same experts
             self.store = replace(held.store, spec=self._spec)
             self.runtime.replace_store(self.index, self.store)
         order = list(owner._parameters)

@@ -310,7 +310,7 @@ class ModelRuntime:
                 self.options.device,
                 self.options.cache_policy if self.tiers else "none",
                 "none" if self.lookahead is None else self.options.predictor,
-                sum({s.records.data_ptr(): s.nbytes for s in self.stores}.values()),
+                sum({id(s.content): s.nbytes for s in self.stores}.values()),
                 [self._layer_stats(i) for i in range(len(self._names))],
                 [_cache_stats(tier) for tier in distinct(self.tiers)],
                 self._notes(),

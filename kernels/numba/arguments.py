@@ -6,13 +6,13 @@ calling the layer's compiled function with the job's address.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from moebius.kernels.experts import ExpertSpec, RecordLayout
+from moebius.kernels.experts import ExpertSpec, Part, RecordLayout
 from moebius.kernels.numba import coded, portable, quantized, words, work
 from moebius.kernels.numba.bfloats import multiplies_pairs
 from moebius.kernels.numba.decoding import BF16_SCALE, E8M0_SCALE, FP16_SCALE, FP32_SCALE
@@ -35,15 +35,17 @@ _PARTS = {
     "gate_scale": words.GATE_SCALE, "up_scale": words.UP_SCALE, "down_scale": words.DOWN_SCALE,
     "gate_zero": words.GATE_ZERO, "up_zero": words.UP_ZERO, "down_zero": words.DOWN_ZERO,
 }  # fmt: skip
+Parts = Mapping[str, Sequence[torch.Tensor] | torch.Tensor]
 _ROUTES = np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A layer's experts as kernels see them; keeps `records` alive.
+    """A layer's experts as kernels see them; keeps their `parts` alive.
 
     Args:
         words: int64 [LAYER_WORDS], see `words`.
+        addresses: the table of addresses, int64 [E, words.PARTS].
         num_experts: E.
         rounds: whether inputs are rounded to integers before the kernels for few pairs read them.
         pairs: whether panels beside inputs in bf16 are multiplied in bf16: weights are no finer, the processor can.
@@ -55,6 +57,7 @@ class Layer:
     """
 
     words: np.ndarray
+    addresses: np.ndarray
     hidden: int
     num_experts: int
     rounds: bool
@@ -63,35 +66,32 @@ class Layer:
     x_bytes: int
     pair_bytes: tuple[tuple[int, int], tuple[int, int]]
     work: Entry
-    records: torch.Tensor
+    parts: Parts
 
 
-def describe(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> Layer:
+def describe(spec: ExpertSpec, layout: RecordLayout, parts: Parts) -> Layer:
     """Describe the experts of one layer to the kernels.
 
     Args:
-        records: uint8 [E, layout.nbytes], contiguous, in host memory.
+        parts: by the names of `layout.parts()`, each expert's tensor, contiguous, in host memory, at any address.
 
     Raises:
-        ValueError: an activation that has no kernel, or records of another shape.
+        ValueError: an activation that has no kernel, or tensors of another kind.
     """
     if spec.torch_code:
         raise ValueError("custom activations and norms of expert outputs have no CPU kernel; they are torch code")
     if layout != RecordLayout.of(spec, layout.format):
         raise ValueError(f"the record layout {layout} does not belong to experts of {spec}")
-    if records.dtype != torch.uint8 or records.ndim != 2 or records.shape[1] != layout.nbytes:
-        raise ValueError(f"records must be uint8 [E, {layout.nbytes}], not {records.dtype} {list(records.shape)}")
-    if records.device.type != "cpu" or not records.is_contiguous():
-        raise ValueError(f"records must be contiguous in host memory, not on {records.device}")
+    addresses = _addresses(layout, parts)
     x_bytes, inner_bytes = (_vector_bytes(n, layout) for n in (spec.hidden, spec.intermediate))
     fp32, bf16 = (
         (max(inner_bytes, packed_bytes(spec.intermediate, size)), packed_bytes(spec.hidden, size)) for size in (4, 2)
     )
-    described = _layer_words(spec, layout, records)
+    described = _layer_words(spec, layout, addresses)
     few = quantized.FEW[layout.format] if _rounds(layout) else coded.FEW if layout.quantized else portable.FEW
     return Layer(
-        described, spec.hidden, len(records), _rounds(layout), _pairs(layout), few, x_bytes, (fp32, bf16),
-        _work(layout), records,
+        described, addresses, spec.hidden, len(addresses), _rounds(layout), _pairs(layout), few, x_bytes, (fp32, bf16),
+        _work(layout), parts,
     )  # fmt: skip
 
 
@@ -114,14 +114,35 @@ def _work(layout: RecordLayout) -> Entry:
     return (_ROUNDING_WORK if coding.rounds else _CODED_WORK)[coding.code]
 
 
-def _layer_words(spec: ExpertSpec, layout: RecordLayout, records: torch.Tensor) -> np.ndarray:
+def _addresses(layout: RecordLayout, parts: Parts) -> np.ndarray:
+    known = layout.parts()
+    if parts.keys() != known.keys() or len({len(tensors) for tensors in parts.values()}) != 1:
+        raise ValueError(f"experts in {layout.format} have {', '.join(known)}, as many of each, not {', '.join(parts)}")
+    result = np.zeros((len(parts["up"]), words.PARTS), np.int64)
+    for name, part in known.items():
+        result[:, _PARTS[name] - words.GATE] = _places(name, part, parts[name])
+    return result
+
+
+def _places(name: str, part: Part, tensors: Sequence[torch.Tensor] | torch.Tensor) -> np.ndarray | list[int]:
+    for tensor in tensors[:1] if isinstance(tensors, torch.Tensor) else tensors:  # stacked ones are all alike
+        if (tensor.shape, tensor.dtype) != (part.shape, part.dtype) or not (tensor.is_cpu and tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} of an expert must be {part.dtype} {list(part.shape)}, contiguous in host memory, not "
+                f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    if isinstance(tensors, torch.Tensor):
+        return tensors.data_ptr() + tensors.stride(0) * tensors.itemsize * np.arange(len(tensors))
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _layer_words(spec: ExpertSpec, layout: RecordLayout, addresses: np.ndarray) -> np.ndarray:
     result = np.zeros(words.LAYER_WORDS, np.int64)
     kind, *limits = spec.activation
     result[[words.HIDDEN, words.INTERMEDIATE, words.KIND]] = spec.hidden, spec.intermediate, kind
     result.view(np.float32)[2 * words.ALPHA : 2 * words.UP_SHIFT + 2 : 2] = limits
-    for name, part in layout.parts().items():
-        result[_PARTS[name]] = records.data_ptr() + part.offset
-        result[_PARTS[name] + 1] = layout.nbytes
+    for name in layout.parts():
+        result[_PARTS[name]] = addresses.ctypes.data + words.WORD * (_PARTS[name] - words.GATE)
     if (coding := layout.coding) is not None:
         result[[words.SCALE_KIND, words.SCALE_ROWS, words.SCALE_COLUMNS]] = (
             _SCALE_KIND[coding.scale], coding.rows, coding.columns,

@@ -190,7 +190,7 @@ def make_tile(fours: int) -> Any:
             columns = [builder.load(_at(builder, x, _FOUR * four, kind), align=LINE) for four in range(fours)]
             for row in range(_rows(fours)):
                 here = builder.add(w, builder.mul(pitch, _I64(row)))
-                piece = builder.load(_at(builder, here, 0, ir.VectorType(kind.element, 4)), align=2)
+                piece = builder.load(_at(builder, here, 0, ir.VectorType(kind.element, 4)), align=1)
                 every = builder.shuffle_vector(piece, piece, ir.Constant(_WORDS, [lane % 4 for lane in range(LANES)]))
                 for four, column in enumerate(columns):
                     place = row * fours + four

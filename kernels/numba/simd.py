@@ -75,7 +75,7 @@ def load(typingctx, address, witness):  # type: ignore[no-untyped-def]
 
 def read(builder: ir.IRBuilder, address: ir.Value, memory: ir.Type, lanes: int) -> ir.Value:
     pointer = builder.inttoptr(address, ir.VectorType(memory, lanes).as_pointer())
-    return builder.load(pointer, align=memory_size(memory))
+    return builder.load(pointer, align=1)  # weights in a file may be anywhere
 
 
 @intrinsic
@@ -96,7 +96,7 @@ def read_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value, memory
     kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, lanes), vector])
     masked = cgutils.get_or_insert_function(builder.module, kind, name)
     mask = _first(builder, count, lanes)
-    return builder.call(masked, [pointer, ir.Constant(_I32, memory_size(memory)), mask, ir.Constant(vector, None)])
+    return builder.call(masked, [pointer, ir.Constant(_I32, 1), mask, ir.Constant(vector, None)])
 
 
 def _first(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
@@ -105,10 +105,6 @@ def _first(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     single = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), builder.trunc(count, _I32), _I32(0))
     every = builder.shuffle_vector(single, single, ir.Constant(numbers.type, [0] * lanes))
     return builder.icmp_signed("<", numbers, every)
-
-
-def memory_size(element: ir.Type) -> int:
-    return 4 if element == _F32 else 2
 
 
 @intrinsic

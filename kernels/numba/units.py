@@ -39,8 +39,8 @@ def number(layer, index):  # type: ignore[no-untyped-def]
 @helper
 def part(layer, index, expert):  # type: ignore[no-untyped-def]
     """Address of a part of one expert, 0 where there is none."""
-    base = word(layer, index)
-    return base + expert * word(layer, index + 1) if base else base
+    column = word(layer, index)
+    return peek(column + _W * words.PARTS * expert, _I64) if column else column
 
 
 @helper

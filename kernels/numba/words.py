@@ -7,14 +7,16 @@ from __future__ import annotations
 
 WORD = 8  # bytes
 
-# Layer: sizes, the activation, then address and stride (bytes from expert to expert) of each part; 0: no such part.
+# Layer: sizes, the activation, then for each part where in a table the address for expert 0 is; 0: no such part. The
+# table has a row of addresses for each expert, so that parts may lie anywhere, and an expert's are on one cache line.
 HIDDEN, INTERMEDIATE, KIND = 0, 1, 2
 ALPHA, GATE_MAX, ACT_MAX, UP_MAX, UP_SHIFT = 3, 4, 5, 6, 7  # fp32 bits in the low half
-GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 8, 10, 12, 14, 16, 18
-GATE_SCALE, UP_SCALE, DOWN_SCALE = 20, 22, 24
-GATE_ZERO, UP_ZERO, DOWN_ZERO = 26, 28, 30
-SCALE_KIND, SCALE_ROWS, SCALE_COLUMNS = 32, 33, 34  # see `decoding`; the block that shares a scale, 0: all
-LAYER_WORDS = 35
+GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 8, 9, 10, 11, 12, 13
+GATE_SCALE, UP_SCALE, DOWN_SCALE = 14, 15, 16
+GATE_ZERO, UP_ZERO, DOWN_ZERO = 17, 18, 19
+SCALE_KIND, SCALE_ROWS, SCALE_COLUMNS = 20, 21, 22  # see `decoding`; the block that shares a scale, 0: all
+LAYER_WORDS = 23
+PARTS = SCALE_KIND - GATE  # words of a row of the table
 
 # Job: two counters on cache lines of their own, then sizes and addresses.
 NEXT = 0  # next unit of work that nobody has taken
