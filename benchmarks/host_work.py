@@ -34,8 +34,8 @@ import moebius
 from moebius.cpu_experts import crew
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.accelerator import AcceleratorDevice
-from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.driver import Driver
+from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.hf_plugin.running import dispatcher, tiers
 from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.running.lookahead import Lookahead
@@ -56,18 +56,18 @@ PARTS: list[tuple[Any, str]] = [
     (Lookahead, "ask"),
     (dispatcher, "_cross"),
     (dispatcher, "build_routes"),
-    (ExpertCache, "lookup"),
+    (LayerCache, "lookup"),
     (CostModel, "assign"),
     (dispatcher, "DeviceShare"),
-    (ExpertCache, "launch"),
+    (LayerCache, "launch"),
     (Lookahead, "foresee"),
-    (ExpertCache, "prefetch"),
-    (ExpertCache, "used"),
+    (LayerCache, "prefetch"),
+    (LayerCache, "used"),
     (dispatcher, "_on_cpu_meanwhile"),
     (CpuExecutor, "run"),
     (dispatcher, "_merge"),
-    (ExpertCache, "finish"),
-    (ExpertCache, "admit"),
+    (LayerCache, "finish"),
+    (LayerCache, "admit"),
     (dispatcher.Tier, "observe_copies"),
 ]
 
@@ -189,7 +189,7 @@ class Case:
     def _ids(self, layer: int) -> np.ndarray:
         """Experts of each row: one of them absent and the others resident; where there are none such, all at random."""
         tier = self.layers[0].runtime.tiers.get(layer)
-        slots = np.zeros(EXPERTS) if tier is None else tier.cache.slots_of(layer)
+        slots = np.zeros(EXPERTS) if tier is None else tier.cache.layer(layer).slots()
         there, absent = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         if not len(absent) or len(there) < TOP_K:
             return np.stack([self.rng.permutation(EXPERTS)[:TOP_K] for _ in range(self.rows)])

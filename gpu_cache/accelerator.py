@@ -17,21 +17,6 @@ from moebius.gpu_cache.step_buffers import StepBuffers
 logger = logging.getLogger(__name__)
 
 
-class EventCompletion(Completion):
-    """Ends when an event that was recorded on a stream is reached; a device error raises where it is noticed."""
-
-    error = None
-
-    def __init__(self, event: Any) -> None:
-        self.event = event
-
-    def done(self) -> bool:
-        return self.event.query()
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-
 class Events:
     """Events of a device. Those that nobody holds any more serve again, since making one takes a call of the driver."""
 
@@ -53,18 +38,26 @@ class Events:
         self._free.extend(events)
 
 
-class StreamTransfer(EventCompletion, Transfer):
-    """Work between two events of its stream."""
+class StreamTransfer(Transfer):
+    """Work between two events of its stream, in so many parts; a device error raises where it is noticed."""
 
-    def __init__(self, begin: Any, end: Any, stream: Any, events: Events) -> None:
-        super().__init__(end)
-        self._begin, self._stream, self._events = begin, stream, events
+    error = None
+
+    def __init__(self, begin: Any, end: Any, stream: Any, events: Events, parts: int = 1) -> None:
+        self.event = end
+        self._begin, self._stream, self._events, self._parts = begin, stream, events, parts
 
     def __del__(self) -> None:
         self._events.take_back(self._begin, self.event)
 
+    def done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
     def elapsed_us(self) -> float:
-        return self._begin.elapsed_time(self.event) * 1e3
+        return self._begin.elapsed_time(self.event) * 1e3 / self._parts
 
     def span(self) -> tuple[float, float] | None:
         if not self.done():
@@ -121,21 +114,40 @@ class AcceleratorDevice(Device):
         return pool
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
-        assert after is None or isinstance(after, EventCompletion)
-        if source.untyped_storage().data_ptr() in self._pinned:
-            return self._send(target, source, after, urgent)
-        return self._staging.copy(source, lambda buffer: self._send(target, buffer, after, urgent), urgent)
+        return self.copy_all([target], [source], [after], urgent)[0]
+
+    def copy_all(
+        self,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        after: Sequence[Completion | None],
+        urgent: bool,
+    ) -> Sequence[Transfer]:
+        if sources[0].untyped_storage().data_ptr() in self._pinned:
+            return [self._send(targets, sources, after, urgent)] * len(targets)
+        return [self._staged(*one, urgent) for one in zip(targets, sources, after, strict=True)]
+
+    def _staged(self, target: torch.Tensor, source: torch.Tensor, after: Completion | None, urgent: bool) -> Transfer:
+        return self._staging.copy(source, lambda buffer: self._send([target], [buffer], [after], urgent), urgent)
 
     def _send(
-        self, target: torch.Tensor, source: torch.Tensor, after: EventCompletion | None, urgent: bool
+        self,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        after: Sequence[Completion | None],
+        urgent: bool,
     ) -> StreamTransfer:
+        """One copy after the other, when all that still reads the slots has ended."""
         stream = self._urgent if urgent else self._background
         with self._driver.on(stream):
-            if after is not None:
-                stream.wait_event(after.event)
+            for reader in dict.fromkeys(after):
+                if reader is not None:
+                    assert isinstance(reader, StreamTransfer)
+                    stream.wait_event(reader.event)
             begin = self._events.record(stream)
-            self._driver.copy(target, source)
-            return StreamTransfer(begin, self._events.record(stream), stream, self._events)
+            for target, source in zip(targets, sources, strict=True):
+                self._driver.copy(target, source)
+            return StreamTransfer(begin, self._events.record(stream), stream, self._events, len(targets))
 
     def finish_copies(self) -> None:
         self._staging.finish()
@@ -146,7 +158,7 @@ class AcceleratorDevice(Device):
         with self._driver.on_device():
             stream = self._driver.current_stream()
             for upload in after:
-                assert isinstance(upload, EventCompletion | StagedTransfer)
+                assert isinstance(upload, StreamTransfer | StagedTransfer)
                 stream.wait_event(upload.event)
             begin = self._events.record(stream)
             output = work()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,16 +12,14 @@ import numpy as np
 import torch
 
 from moebius.gpu_cache.counters import Counters
-from moebius.gpu_cache.device import Device, Launch
+from moebius.gpu_cache.device import Device
 from moebius.gpu_cache.event_log import EventLog
-from moebius.gpu_cache.executor import Executor, make_executor
-from moebius.gpu_cache.policy import Reason, make_policy
+from moebius.gpu_cache.executor import make_executor
+from moebius.gpu_cache.layer_cache import LayerCache
+from moebius.gpu_cache.policy import make_policy
 from moebius.gpu_cache.pool import Pool, Watch
 from moebius.gpu_cache.step_buffers import StepBuffers
 from moebius.kernels.experts import ExpertSpec, RecordLayout
-from moebius.kernels.routes import Routes
-
-logger = logging.getLogger(__name__)
 
 # Tokens of a step up to which its inputs and its sum cross between host and device through kept buffers, and bytes for
 # the routing of one: 64 ids and weights in fp32, and what the next layer's router says of 256 experts.
@@ -40,9 +37,7 @@ class CachedLayer(NamedTuple):
 class ExpertCache:
     """Experts of all layers in device slots under one byte budget.
 
-    One step of a layer is ``lookup``, then ``fetch`` and ``launch`` as the caller likes, then ``used``, ``admit`` and
-    ``finish``; ``prefetch`` may come at any time. Methods must be called by one thread at a time. A copy or a prefetch
-    that failed raises RuntimeError at the next call but `launch`, `used`, `finish` and `close`; the cache stays usable.
+    Steps go through `layer`. Methods must be called by one thread at a time.
 
     Args:
         device: from `open_device`; the cache closes it.
@@ -64,7 +59,7 @@ class ExpertCache:
         self._home: dict[int, tuple[int, int]] = {  # of each layer: its pool, its number there
             layer: (pool, local) for pool, group in enumerate(self._groups) for local, layer in enumerate(group)
         }
-        self._pinned: dict[int, list[np.ndarray]] = {}
+        self._layers: dict[int, LayerCache] = {}
         slots = self._divide(budget)
         undo: list[Callable[[], None]] = []
         self._give_back = weakref.finalize(self, _run_all, undo)  # also where nobody calls close
@@ -74,10 +69,10 @@ class ExpertCache:
             widest = max(layer.spec.hidden for layer in served.values())
             self.buffers: StepBuffers | None = device.step_buffers(_ROWS * (4 * widest + _ROUTING_BYTES))
             send = None if self.buffers is None else self.buffers.send
-            self._executors: dict[int, Executor] = {
-                number: make_executor(layer.spec, layer.layout, device.torch_device, send)
-                for number, layer in served.items()
-            }
+            for number, layer in served.items():
+                execute = make_executor(layer.spec, layer.layout, device.torch_device, send)
+                pool, local = self._home[number]
+                self._layers[number] = LayerCache(device, self._pools[pool], local, execute)
             for records in self._records.values():  # last: they may take all the memory that can be pinned
                 if device.pin(records):
                     undo.insert(1, partial(device.unpin, records))
@@ -85,103 +80,10 @@ class ExpertCache:
             self._give_back()
             raise
 
-    def lookup(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """Ready slot of each expert (int32 [A], distinct) or -1, int32 [A]; hits are pinned until ``finish(layer)``."""
-        pool, local = self._pool(layer)
-        pool.withdraw(local)
-        pool.collect()
-        return self._claim(layer, pool, local, experts)
-
-    def slots_of(self, layer: int) -> np.ndarray:
-        """Slot of each of a layer's experts that `lookup` would return, int32 [E], -1 for none; a view, to be read."""
-        pool, local = self._pool(layer)
-        return pool.table.visible[pool.table.first(local) : pool.table.first(local + 1)]
-
-    def fetch(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        """Upload experts (int32 [n], distinct) that this step computes on the device.
-
-        Returns:
-            Slots to hand to `launch`, which waits for the copies, int32 [n]; -1 where none can be had. Pinned as hits.
-        """
-        pool, local = self._pool(layer)
-        pool.collect()
-        slots = self._claim(layer, pool, local, experts, loading=True)  # first: what came since `lookup` could go again
-        missing = np.flatnonzero(slots < 0)
-        pool.demand(local, experts[missing])
-        slots[missing] = self._claim(layer, pool, local, experts[missing], loading=True)
-        return slots
-
-    def launch(
-        self, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, onto: Launch | None = None
-    ) -> Launch:
-        """Start computing on the device.
-
-        Args:
-            x: [T, H] on the device, unchanged until the result is there.
-            routes: A experts.
-            slots: int32 [A] from `lookup` and `fetch` of this step; -1 for experts that are left out.
-            onto: an earlier launch of this step, whose result this one adds to and takes over.
-
-        Returns:
-            A launch whose ``result()`` is the weighted sum over `routes` in slots, fp32 [T, H] on the device.
-        """
-        pool, _ = self._pool(layer)
-        work = partial(self._executors[layer], pool.memory, x, routes, slots.copy())
-        if onto is not None:
-            work = partial(_add_to, onto, work)
-        launch = self.device.compute(work, pool.arrivals(slots))
-        pool.read_by(slots, launch)
-        return launch
-
-    def wait(self, layer: int, slots: np.ndarray) -> None:
-        """Block until the copies into `slots` (int32 [n], from `fetch` of this step) have ended.
-
-        Raises:
-            Exception: what made a copy fail.
-        """
-        for copy in self._pool(layer)[0].arrivals(slots):
-            copy.wait()
-            if copy.error is not None:
-                raise copy.error
-
-    def memory(self, layer: int) -> torch.Tensor:
-        """The slots that the layer's experts share with those of others, uint8 [S, nbytes] on the device."""
-        return self._pool(layer)[0].memory
-
-    def arrived(self, layer: int, slots: np.ndarray, wait: bool = False) -> bool:
-        """Whether all copies into slots (int32 [n]) of this step have ended; `wait` blocks until they have."""
-        pool, _ = self._pool(layer)
-        if wait:
-            for copy in pool.arrivals(slots):
-                copy.wait()
-        pool.collect()
-        return not pool.arrivals(slots)
-
-    def release(self, layer: int, slots: np.ndarray) -> None:
-        """Give up slots of this step (int32 [n], distinct, from `lookup` or `fetch`), once their launch has begun.
-
-        They may be displaced from now on, by copies that begin when the launch has ended.
-        """
-        pool, _ = self._pool(layer)
-        pool.sound = False
-        self._pinned[layer] = [others[~np.isin(others, slots)] for others in self._pinned[layer]]
-        pool.table.unpin(slots)
-        pool.sound = True
-
-    def finish(self, layer: int) -> None:
-        """End the step that `lookup` began: its slots may be displaced, once the launches that read them have ended."""
-        pool = self._open_pools()[self._home[layer][0]]
-        sound, pool.sound = pool.sound, False
-        pinned = self._pinned.pop(layer, ())
-        if sound:  # else it was interrupted, and the next call starts with an empty pool
-            for slots in pinned:
-                pool.table.unpin(slots)
-            pool.sound = True
-
-    def used(self, layer: int, experts: np.ndarray, hit: np.ndarray) -> None:
-        """Tell the policy: one step used `experts` (int32 [A], distinct), `hit` (bool [A]) were resident before it."""
-        pool, local = self._pool(layer)
-        pool.policy.used(local, experts, hit)
+    def layer(self, number: int) -> LayerCache:
+        """What a step of that layer asks for; it stays the same when the budget changes."""
+        self._open_pools()
+        return self._layers[number]
 
     def record(self) -> list[EventLog]:
         """Empty the cache and record from here on what policies are told and decide, a log for each size of records.
@@ -218,27 +120,12 @@ class ExpertCache:
                 pool.demand(local, (chosen[(chosen >= first) & (chosen < end)] - first).astype(np.int32))
             pool.drain()
 
-    def admit(self, layer: int, experts: np.ndarray) -> int:
-        """Offer experts (int32 [n], distinct) that missed; the policy decides. Returns how many are queued or begun."""
-        return self._offer(layer, experts, Reason.ADMIT)
-
-    def prefetch(self, layer: int, experts: np.ndarray, chances: np.ndarray | None = None) -> int:
-        """Offer experts (int32 [n], distinct, likeliest first) predicted for a coming layer, like `admit`.
-
-        `chances` are the probabilities that the layer uses them, float64 [n]; without them it is certain to.
-
-        Those that are resident or on their way cost nothing and do not count. They go before admissions; those whose
-        copy has not begun when `lookup` begins the layer are withdrawn.
-        """
-        return self._offer(layer, experts, Reason.PREFETCH, chances)
-
     def drain(self) -> None:
         """Wait until no copy is under way or waits for its turn."""
         errors = []
-        for number, pool in enumerate(self._pools):
-            if not pool.sound:
-                self._recover(number)
+        for pool in self._pools:
             try:
+                pool.recover()
                 pool.drain()
             except RuntimeError as error:  # raised when all pools are drained
                 errors.append(error)
@@ -254,10 +141,8 @@ class ExpertCache:
                 slot at all if there is no room for that any more: resize it to less, or close it.
         """
         slots = self._divide(budget)
-        if self._pinned:
-            raise RuntimeError(
-                f"resize was called while layer {next(iter(self._pinned))} is computing; call it between"
-            )
+        if under_way := [layer for pool in self._pools for layer in pool.under_way]:
+            raise RuntimeError(f"resize was called while layer {under_way[0]} is computing; call it between")
         former = [pool.table.slots for pool in self._pools]
         try:
             self._drop_pools()
@@ -267,10 +152,6 @@ class ExpertCache:
             if former:
                 self._pools = self._make_pools(former)
             raise
-
-    def record_bytes(self, layer: int) -> int:
-        """Bytes of one expert of a layer."""
-        return self._records[layer].shape[1]
 
     def copy_times(self) -> list[float]:
         """Microseconds of each copy that was seen to complete since the last call."""
@@ -288,7 +169,9 @@ class ExpertCache:
         try:
             self._give_back()
         finally:
-            self._pools, self.buffers, self._executors = [], None, {}
+            for layer in self._layers.values():
+                layer.serve_from(None)
+            self._layers, self._pools, self.buffers = {}, [], None
             self.device.trim()
 
     def abandon(self) -> None:
@@ -338,37 +221,10 @@ class ExpertCache:
             counts[group] = pool.resident()
         return counts
 
-    def _pool(self, layer: int) -> tuple[Pool, int]:
-        number, local = self._home[layer]
-        pool = self._open_pools()[number]
-        if not pool.sound:
-            self._recover(number)
-        return pool, local
-
     def _open_pools(self) -> list[Pool]:
         if not self._pools:
             raise RuntimeError("the expert cache is closed; patch the model again")
         return self._pools
-
-    def _recover(self, number: int) -> None:
-        """An interrupt (Ctrl-C) came between two halves of a change: what the slots hold is not certain any more."""
-        logger.warning("the expert cache was interrupted at a bad moment and starts empty again")
-        for layer in self._groups[number]:
-            self._pinned.pop(layer, None)
-        self._pools[number].reset()
-
-    def _claim(self, layer: int, pool: Pool, local: int, experts: np.ndarray, loading: bool = False) -> np.ndarray:
-        """Slots in which experts are ready, or `loading`, int32 [n], -1 for none; pinned until `finish`."""
-        pool.sound = False
-        slots = pool.claim(local, experts, loading)
-        self._pinned.setdefault(layer, []).append(slots.copy())  # the caller may change his
-        pool.sound = True
-        return slots
-
-    def _offer(self, layer: int, experts: np.ndarray, reason: Reason, chances: np.ndarray | None = None) -> int:
-        pool, local = self._pool(layer)
-        pool.collect()
-        return pool.offer(local, experts, reason, chances) if len(experts) else 0
 
     def _divide(self, budget: int) -> list[int]:
         sizes = [self._records[group[0]].shape[1] for group in self._groups]
@@ -376,14 +232,19 @@ class ExpertCache:
         return _divide_budget(budget, sizes, experts)
 
     def _make_pools(self, slots: list[int]) -> list[Pool]:
-        return [
+        pools = [
             Pool(self.device, group, [self._records[i] for i in group], count, policy, self.counters)
             for group, count, policy in zip(self._groups, slots, self._policies, strict=True)
         ]
+        for number, layer in self._layers.items():
+            layer.serve_from(pools[self._home[number][0]])
+        return pools
 
     def _drop_pools(self) -> None:
         for pool in self._pools:
             pool.reset()
+        for layer in self._layers.values():
+            layer.serve_from(None)
         self._pools = []  # their memory, before new memory is asked for
 
 
@@ -408,12 +269,6 @@ def _divide_budget(budget: int, sizes: Sequence[int], experts: Sequence[int]) ->
         slots[i] += extra
         left -= extra * size
     return slots
-
-
-def _add_to(earlier: Launch, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The sum with an earlier launch, in its memory; launches of a device run one after the other."""
-    total = earlier.result()
-    return total.add_(work())
 
 
 def _run_all(steps: list[Callable[[], None]]) -> None:

@@ -48,7 +48,7 @@ class Timed(Completion):
 
 
 class Transfer(Timed):
-    """A copy under way."""
+    """A copy under way, of one record or of several; `elapsed_us` is that of one of them."""
 
 
 class Launch(ABC):
@@ -95,6 +95,20 @@ class Device(ABC):
             after: the last computation that reads the slot; the copy begins when it has ended.
             urgent: somebody waits for it.
         """
+
+    def copy_all(
+        self,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        after: Sequence[Completion | None],
+        urgent: bool,
+    ) -> Sequence[Transfer]:
+        """Start copying host records of one layer into slots, each as by `copy`.
+
+        Returns:
+            Of each record the copy, which may be that of others as well: it has ended when they all have.
+        """
+        return [self.copy(*one, urgent) for one in zip(targets, sources, after, strict=True)]
 
     @abstractmethod
     def finish_copies(self) -> None:

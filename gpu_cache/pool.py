@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
+from moebius.gpu_cache.wishes import DEMAND, PREFETCH, Wish, Wishes
+
+logger = logging.getLogger(__name__)
 
 FLYING_COPIES = 2  # see `Device.flying_bytes`
 # Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
 
-DEMAND, PREFETCH = Reason.DEMAND, Reason.PREFETCH  # Python 3.11 takes 0.3 us to find a member of an enumeration
-
-# Told of each copy that begins: layer (the cache's number), expert, why, and the copy.
-Watch = Callable[[int, int, Reason, Transfer], None]
+# Told of each copy that begins: layer (the cache's number), its experts, why, and the copy.
+Watch = Callable[[int, list[int], Reason, Transfer], None]
 
 
 @dataclass(slots=True)
@@ -32,20 +33,6 @@ class Upload:
     expert: int
     completion: Transfer
     awaited: bool = False  # by a launch, which reports a failure itself
-
-
-class Wish(NamedTuple):
-    """Experts of a layer that wait for slots."""
-
-    layer: int
-    reason: Reason
-    experts: np.ndarray  # int32 [n], the most wanted first
-    chances: np.ndarray | None  # probability that the layer's next step uses each, float [n]; None for certainty
-
-    def part(self, which: slice | np.ndarray) -> Wish:
-        """Some of them."""
-        chances = None if self.chances is None else self.chances[which]
-        return Wish(self.layer, self.reason, self.experts[which], chances)
 
 
 class Pool:
@@ -77,8 +64,10 @@ class Pool:
         self.sound = True  # false within a change of several parts, and after one that was interrupted; see `reset`
         self.copy_times: list[float] = []  # microseconds, of the copies that completed since somebody took them
         self.watch: Watch | None = None
-        self._waiting: list[Wish] = []  # in order, no expert twice
+        self._memory, self._experts = self.memory.unbind(), [layer.unbind() for layer in records]  # views, made once
+        self._waiting = Wishes()
         self._uploads: dict[int, Upload] = {}  # by slot
+        self._pinned: dict[int, list[np.ndarray]] = {}  # slots, of each layer whose step is under way
         self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
         self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
         half = max(1, slots // 2)
@@ -99,12 +88,42 @@ class Pool:
         """Pin the slots in which experts (int32 [n]) are ready, or `loading`, and count prefetches among them as used.
 
         Returns:
-            The slots, int32 [n], -1 for none.
+            The slots, int32 [n], -1 for none; pinned until `release` or `finish`.
         """
+        self.sound = False
         slots, proven = self.table.claim(layer, experts, self._unproven, loading)
+        self._pinned.setdefault(layer, []).append(slots.copy())  # the caller may change his
         if proven:
             self._counters.prefetch_used[self._layers[layer]] += proven
+        self.sound = True
         return slots
+
+    def release(self, layer: int, slots: np.ndarray) -> None:
+        """Give up slots (int32 [n], distinct) that a step of a layer has pinned."""
+        self.sound = False
+        self._pinned[layer] = [others[~np.isin(others, slots)] for others in self._pinned[layer]]
+        self.table.unpin(slots)
+        self.sound = True
+
+    def finish(self, layer: int) -> None:
+        """Give up all slots that a step of a layer has pinned."""
+        sound, self.sound = self.sound, False
+        pinned = self._pinned.pop(layer, ())
+        if sound:  # else it was interrupted, and the next call finds an empty pool
+            for slots in pinned:
+                self.table.unpin(slots)
+            self.sound = True
+
+    @property
+    def under_way(self) -> list[int]:
+        """The cache's numbers of the layers that have pinned slots."""
+        return [self._layers[layer] for layer in self._pinned]
+
+    def recover(self) -> None:
+        """Start empty if an interrupt (Ctrl-C) came between two halves of a change: what slots hold is not certain."""
+        if not self.sound:
+            logger.warning("the expert cache was interrupted at a bad moment and starts empty again")
+            self.reset()
 
     def demand(self, layer: int, experts: np.ndarray) -> None:
         """Begin copies of experts (int32 [n], in no slot) that somebody waits for, as far as there are slots."""
@@ -124,18 +143,12 @@ class Pool:
         at_once = not self._waiting and flying + len(experts) <= self._flying_limit
         if at_once and not self.table.any_there(layer, experts):  # what decode mostly asks for
             return self._place(wish)
-        absent = self.table.occupied(layer, experts) < 0
-        for other in self._waiting:
-            if other.layer == layer:
-                absent &= ~np.isin(experts, other.experts)
-        before = self._queued()
+        absent = (self.table.occupied(layer, experts) < 0) & self._waiting.lacks(layer, experts)
+        before = len(self._waiting)
         if not len(chosen := np.flatnonzero(absent)[: max(self._queued_limit - flying - before, 0)]):
             return 0
-        self._waiting.append(wish.part(chosen))
-        return self._hand_over() + self._queued() - before
-
-    def _queued(self) -> int:
-        return sum(len(wish.experts) for wish in self._waiting)
+        self._waiting.add(wish.part(chosen))
+        return self._hand_over() + len(self._waiting) - before
 
     def withdraw(self, layer: int) -> None:
         """Give up the prefetches for a layer that have not begun."""
@@ -149,7 +162,7 @@ class Pool:
         pending = [self._uploads[slot] for slot in slots.tolist() if slot in self._uploads]
         for upload in pending:
             upload.awaited = True
-        return [upload.completion for upload in pending]
+        return list(dict.fromkeys(upload.completion for upload in pending))
 
     def read_by(self, slots: np.ndarray, launch: Launch) -> None:
         """Nothing may overwrite `slots`, of which negative ones are none, before `launch` has ended."""
@@ -184,6 +197,7 @@ class Pool:
             self._count_waste(slot)
         self._waiting.clear()
         self._uploads.clear()
+        self._pinned.clear()
         self._unproven.fill(False)
         self.table.clear()
         self.sound = True
@@ -196,11 +210,7 @@ class Pool:
         """Begin copies of what waits, prefetches first, while the device has few; how many."""
         begun = 0
         while self._waiting and (room := self._flying_limit - len(self._uploads)) > 0:
-            first = next((i for i, wish in enumerate(self._waiting) if wish.reason is PREFETCH), 0)
-            wish = self._waiting.pop(first)
-            if len(wish.experts) > room:
-                self._waiting.insert(first, wish.part(slice(room, None)))
-                wish = wish.part(slice(room))
+            wish = self._waiting.take(room)
             absent = self.table.occupied(wish.layer, wish.experts) < 0  # others were demanded meanwhile
             begun += self._place(wish.part(absent))
         return begun
@@ -208,28 +218,25 @@ class Pool:
     def _place(self, wish: Wish) -> int:
         """Begin copies of the experts that the policy gives a slot; how many."""
         layer, reason, experts, chances = wish
-        begun = 0
-        slots = self.policy.place(self.table, layer, experts, reason, chances).tolist()
-        for slot, expert in zip(slots, experts.tolist(), strict=True):
-            if slot >= 0:
-                self._begin(slot, layer, expert, reason)
-                begun += 1
-        return begun
+        slots = self.policy.place(self.table, layer, experts, reason, chances)
+        given = [(slot, expert) for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True) if slot >= 0]
+        # What a launch waits for may come as one copy; of others each shall be visible as soon as it can be.
+        for part in [given] if reason is DEMAND and given else [[one] for one in given]:
+            self._begin(part, layer, reason)
+        return len(given)
 
     def _cancel(self, layers: Sequence[int]) -> None:
         """Give up the prefetches for these layers that wait."""
-        former, self._waiting = self._waiting, []
-        for wish in former:
-            if wish.reason is PREFETCH and wish.layer in layers:
-                self._counters.prefetch_cancelled[self._layers[wish.layer]] += len(wish.experts)
-            else:
-                self._waiting.append(wish)
+        for wish in self._waiting.withdraw(layers):
+            self._counters.prefetch_cancelled[self._layers[wish.layer]] += len(wish.experts)
 
     def _reap(self) -> list[Upload]:
         """Publish what has completed; the uploads that failed without anybody who waits for them."""
-        done = {slot: upload for slot, upload in self._uploads.items() if upload.completion.done()}
-        if not done:
+        under_way = {upload.completion for upload in self._uploads.values()}
+        ended = {completion for completion in under_way if completion.done()}
+        if not ended:
             return []
+        done = {slot: upload for slot, upload in self._uploads.items() if upload.completion in ended}
         self.sound = False
         for slot, upload in done.items():
             del self._uploads[slot]
@@ -237,7 +244,8 @@ class Pool:
                 self.table.publish(slot)
                 self._count_copy(upload)
             else:
-                self._release(slot)
+                self._count_waste(slot)
+                self.table.release(slot)
         self.sound = True
         return [upload for upload in done.values() if upload.completion.error is not None and not upload.awaited]
 
@@ -246,33 +254,43 @@ class Pool:
             names = ", ".join(f"{upload.expert} of layer {self._layers[upload.layer]}" for upload in failed)
             raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
 
-    def _begin(self, slot: int, layer: int, expert: int, reason: Reason) -> None:
+    def _begin(self, given: list[tuple[int, int]], layer: int, reason: Reason) -> None:
+        """Begin the copies of experts of a layer into the slots that they are `given`."""
         self.sound = False
-        self._count_waste(slot)
-        self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
-        source = self._records[layer][expert]
+        for slot, expert in given:
+            self._count_waste(slot)
+            self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
+        records = self._experts[layer]
         try:
-            completion = self._device.copy(self.memory[slot], source, self._readers[slot], reason is DEMAND)
+            copies = self._device.copy_all(
+                [self._memory[slot] for slot, _ in given], [records[expert] for _, expert in given],
+                [self._readers[slot] for slot, _ in given], reason is DEMAND,
+            )  # fmt: skip
         except Exception:
-            self.table.release(slot)
+            if len(given) > 1:  # some may have begun
+                self._device.finish_copies()
+            for slot, _ in given:
+                self.table.release(slot)
             self.sound = True
             raise
-        self._uploads[slot] = Upload(layer, expert, completion)
+        for (slot, expert), copy in zip(given, copies, strict=True):
+            self._uploads[slot] = Upload(layer, expert, copy)
+            self._unproven[slot] = reason is PREFETCH
         if self.watch is not None:
-            self.watch(self._layers[layer], expert, reason, completion)
-        self._unproven[slot] = reason is PREFETCH
-        self._count_upload(self._layers[layer], reason)
+            for copy in dict.fromkeys(copies):
+                experts = [expert for (_, expert), its in zip(given, copies, strict=True) if its is copy]
+                self.watch(self._layers[layer], experts, reason, copy)
+        self._count_uploads(self._layers[layer], reason, len(given))
         self.sound = True
 
-    def _release(self, slot: int) -> None:
-        self._count_waste(slot)
-        self.table.release(slot)
-
-    def _count_upload(self, number: int, reason: Reason) -> None:
-        self._counters.uploads[number] += 1
-        self._counters.upload_bytes[number] += self.nbytes
-        self._counters.prefetch_issued[number] += reason is PREFETCH
-        self._counters.demand_fetches[number] += reason is DEMAND
+    def _count_uploads(self, number: int, reason: Reason, count: int) -> None:
+        counters = self._counters
+        counters.uploads[number] += count
+        counters.upload_bytes[number] += count * self.nbytes
+        if reason is PREFETCH:
+            counters.prefetch_issued[number] += count
+        elif reason is DEMAND:
+            counters.demand_fetches[number] += count
 
     def _count_copy(self, upload: Upload) -> None:
         took = upload.completion.elapsed_us()

@@ -15,6 +15,7 @@ import torch
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.kernels.routes import Routes
 from moebius.predictors.costs import CostModel, ExpertCost, slowdown
 
@@ -42,14 +43,14 @@ def calibrate(
         dtype: of the model's hidden states; with others, coded experts run other kernels, without tensor cores.
     """
     layer = cache.layers[0]
-    return _Calibration(executor, cache, layer, stores[layer], device, dtype).run()
+    return _Calibration(executor, cache, cache.layer(layer), stores[layer], device, dtype).run()
 
 
 @dataclass(slots=True)
 class _Calibration:
     executor: CpuExecutor
     cache: ExpertCache
-    layer: int
+    layer: LayerCache
     store: ExpertStore
     device: torch.device
     dtype: torch.dtype
@@ -71,13 +72,13 @@ class _Calibration:
 
     def of_device(self, experts: np.ndarray, otherwise: ExpertCost) -> ExpertCost:
         """The cost of experts on the device; `otherwise` where they could not all be brought there."""
-        slots = self.cache.lookup(self.layer, experts)
+        slots = self.layer.lookup(experts)
         try:
             if (slots < 0).any():
                 return otherwise
             return _curve(partial(self.on_device, slots), experts)
         finally:
-            self.cache.finish(self.layer)
+            self.layer.finish()
 
     def on_cpu(self, experts: np.ndarray, tokens: int) -> float:
         """Microseconds of one call with these experts, each on so many tokens."""
@@ -91,17 +92,17 @@ class _Calibration:
         """The same on the device, where expert e is in ``slots[e]``."""
         x = torch.zeros(tokens, self.store.spec.hidden, dtype=self.dtype, device=self.device)
         begun = perf_counter()
-        launch = self.cache.launch(self.layer, x, _routes(experts, tokens), slots[experts])
+        launch = self.layer.launch(x, _routes(experts, tokens), slots[experts])
         launch.result()
         launch.completion.wait()
         return (perf_counter() - begun) * 1e6
 
     def uploads(self, experts: np.ndarray, meanwhile: Callable[[], object] = lambda: None) -> list[float]:
         """Microseconds of copies, by the device's own clock: policies compile when they are first asked for a slot."""
-        self.cache.fetch(self.layer, experts)
+        self.layer.fetch(experts)
         meanwhile()
         self.cache.drain()
-        self.cache.finish(self.layer)
+        self.layer.finish()
         return self.cache.copy_times()
 
     def together(

@@ -135,24 +135,25 @@ def _cross(tier: Tier | None, tensors: list[torch.Tensor]) -> list[torch.Tensor]
 
 
 def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step) -> torch.Tensor:
-    index, routes, cache, counters = layer.index, step.routes, tier.cache, runtime.counters[layer.index]
+    index, routes, counters = layer.index, step.routes, runtime.counters[layer.index]
+    cache = tier.cache.layer(index)
     try:
-        slots = cache.lookup(index, routes.experts)
+        slots = cache.lookup(routes.experts)
         wanted = tier.costs.assign(routes.offsets, slots)
         counters.hits += wanted.hits
         counters.misses += len(routes.tokens) - wanted.hits
-        share = DeviceShare(cache, index, step.x.to(tier.device), routes, slots, wanted)
+        share = DeviceShare(cache, step.x.to(tier.device), routes, slots, wanted)
         if runtime.lookahead is not None:
             runtime.lookahead.missed(len(slots) - share.residents)
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
-        cache.used(index, routes.experts, share.there)  # while the device computes
+        cache.used(routes.experts, share.there)  # while the device computes
         out = _on_cpu_meanwhile(runtime, tier, layer, step, share, wanted)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
-        cache.finish(index)
+        cache.finish()
     if share.residents < len(slots):
-        cache.admit(index, routes.experts[~(share.there | share.fetched)])
+        cache.admit(routes.experts[~(share.there | share.fetched)])
     tier.observe_copies()
     return merged
 

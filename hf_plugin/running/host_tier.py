@@ -99,7 +99,7 @@ class HostTier:
         self._executor = executor
         self._slots: list[ExpertStore] = []  # of each layer: the memory that its experts share with those of others
         for number, store in enumerate(stores):
-            memory = self.cache.memory(number)
+            memory = self.cache.layer(number).memory
             self._slots.append(ExpertStore(store.spec, store.layout, len(memory), memory))
         self.read_us = 0.0  # microseconds of a read, of late above all; 0 before the first
         self._missed = 0
@@ -133,7 +133,7 @@ class HostTier:
             self.hits[layer] += len(at_once) - missed
             self.misses[layer] += missed
             self._missed += missed
-            self.cache.used(layer, routes.experts, at_once)
+            self.cache.layer(layer).used(routes.experts, at_once)
         for took_us in self.cache.copy_times():
             self.read_us += _MEMORY * (took_us - self.read_us) if self.read_us else took_us
 
@@ -144,7 +144,8 @@ class HostTier:
 
     def read_ahead(self, layer: int, experts: np.ndarray) -> None:
         """Begin to read experts (int32 [n], distinct, likeliest first) that are foreseen for a coming layer."""
-        self.cache.prefetch(layer, experts[self.cache.slots_of(layer)[experts] < 0])
+        cache = self.cache.layer(layer)
+        cache.prefetch(experts[cache.slots()[experts] < 0])
 
     def reset_stats(self) -> None:
         """All counters to zero."""
@@ -185,26 +186,26 @@ class HostTier:
         Returns:
             Which experts have been computed, and which of them were there at once, each bool [A].
         """
-        cache = self.cache
+        cache = self.cache.layer(layer)
         try:
-            slots = cache.lookup(layer, routes.experts)
+            slots = cache.lookup(routes.experts)
             hit = slots >= 0
-            slots[~hit] = cache.fetch(layer, routes.experts[~hit])
+            slots[~hit] = cache.fetch(routes.experts[~hit])
             if meanwhile is not None:
                 meanwhile()
             if hit.any():
                 self._compute(layer, x, routes, slots, hit, out)
             for number in np.flatnonzero((slots >= 0) & ~hit):
                 begun = perf_counter()
-                cache.wait(layer, slots[number : number + 1])
+                cache.wait(slots[number : number + 1])
                 self.stall_ms[layer] += (perf_counter() - begun) * 1e3
-                cache.arrived(layer, slots[number : number + 1])  # lets what is foreseen begin in its place
+                cache.arrived(slots[number : number + 1])  # lets what is foreseen begin in its place
                 self._compute(layer, x, routes, slots, np.arange(len(slots)) == number, out)
         finally:
-            cache.finish(layer)
+            cache.finish()
         done = slots >= 0
         if not done.any():  # every slot is being filled with something else
-            cache.drain()
+            self.cache.drain()
         return done, hit
 
     def _compute(

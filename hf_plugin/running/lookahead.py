@@ -107,14 +107,14 @@ class Lookahead:
             forecaster.advance(layer, ids, None, None, 1.0, 0)
         elif tier is not None:
             limit = max(1, int(self._gap_us / max(tier.costs.upload_us, _LITTLE_US)))
-            least, slots = least_chance(tier.cache.price), tier.cache.slots_of(target)
-            experts, chances = forecaster.advance(layer, ids, hint, slots, least, limit)
+            least, cache = least_chance(tier.cache.price), tier.cache.layer(target)
+            experts, chances = forecaster.advance(layer, ids, hint, cache.slots(), least, limit)
             if len(experts) and self._works(target):
-                tier.cache.prefetch(target, experts, chances)
+                cache.prefetch(experts, chances)
             if self._host is not None:
                 self._read_ahead(self._host, forecaster, layer, len(ids))
         elif self._host is not None:
-            least, slots = least_chance(_READ_PRICE), self._host.cache.slots_of(target)
+            least, slots = least_chance(_READ_PRICE), self._host.cache.layer(target).slots()
             experts, _ = forecaster.advance(layer, ids, hint, slots, least, self._experts[target])
             if len(experts) and self._works(target):
                 self._host.read_ahead(target, experts)

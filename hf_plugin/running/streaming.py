@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.device import Launch
+from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment
 
@@ -41,20 +41,21 @@ class DeviceShare:
     up as soon as its copies have arrived and its launch stands in line, and later chunks take their turn.
 
     Args:
+        cache: of the layer.
         x: [T, H] on the device.
         slots: of each of the routes' experts, int32 [A], -1 for absent ones; pinned.
         wanted: the experts that the device should compute.
     """
 
     def __init__(
-        self, cache: ExpertCache, layer: int, x: torch.Tensor, routes: Routes, slots: np.ndarray, wanted: Assignment
+        self, cache: LayerCache, x: torch.Tensor, routes: Routes, slots: np.ndarray, wanted: Assignment
     ) -> None:
-        self._cache, self._layer, self._x, self._routes = cache, layer, x, routes
+        self._cache, self._x, self._routes = cache, x, routes
         self.launched: list[Launched] = []
         self._tokens = wanted.tokens
         self._waiting: np.ndarray = _NOTHING  # indices of experts that are still to be fetched, heaviest first
         self._under_way: deque[np.ndarray] = deque()  # slots of each chunk
-        self._chunk = max(1, CHUNK_BYTES // cache.record_bytes(layer))
+        self._chunk = max(1, CHUNK_BYTES // cache.record_bytes)
         self._window = WINDOW
         self._residents: np.ndarray = _NOTHING  # pinned until they, too, are needed as a window
         self.there = slots >= 0
@@ -78,7 +79,7 @@ class DeviceShare:
         while self.waiting and self._make_room(wait):
             wait = False
             chunk = self._waiting[: self._chunk]
-            slots = self._cache.fetch(self._layer, self._routes.experts[chunk])
+            slots = self._cache.fetch(self._routes.experts[chunk])
             got = slots >= 0
             if not got.any():
                 self._shrink()
@@ -94,7 +95,7 @@ class DeviceShare:
         """There are no more slots than those under way; without any, the residents', which are launched, must do."""
         self._window = len(self._under_way)
         if not self._window and len(self._residents):
-            self._cache.release(self._layer, self._residents)
+            self._cache.release(self._residents)
             self._residents, self._window = self._residents[:0], 1
 
     def finish(self) -> np.ndarray:
@@ -107,13 +108,13 @@ class DeviceShare:
         """Whether another chunk may begin."""
         if len(self._under_way) < self._window:
             return True
-        if not self._under_way or not self._cache.arrived(self._layer, self._under_way[0], wait):
+        if not self._under_way or not self._cache.arrived(self._under_way[0], wait):
             return False
-        self._cache.release(self._layer, self._under_way.popleft())
+        self._cache.release(self._under_way.popleft())
         return True
 
     def _launch(self, slots: np.ndarray) -> None:
         """Compute the experts that are in `slots` (int32 [A]), and add what was launched before."""
         before = self.launched[-1].launch if self.launched else None
-        launch = self._cache.launch(self._layer, self._x, self._routes, slots, before)
+        launch = self._cache.launch(self._x, self._routes, slots, before)
         self.launched.append(Launched(launch, slots, self._tokens))

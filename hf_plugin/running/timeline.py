@@ -55,10 +55,11 @@ class Timeline:
         """Something that a device is doing."""
         self._under_way.append((track, name, completion, facts))
 
-    def copy(self, layer: int, expert: int, reason: Reason, copy: Transfer) -> None:
-        """A copy that begins, as `ExpertCache.watch` reports it."""
+    def copy(self, layer: int, experts: list[int], reason: Reason, copy: Transfer) -> None:
+        """A copy that begins, of one expert or several, as `ExpertCache.watch` reports it."""
         track = DEMAND if reason is Reason.DEMAND else BACKGROUND
-        self.watch(track, f"expert {expert}", copy, layer=layer, expert=expert, reason=reason.name.lower())
+        name = f"expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}"
+        self.watch(track, name, copy, layer=layer, experts=len(experts), reason=reason.name.lower())
 
     def slices(self) -> list[Slice]:
         """All that has ended, by its beginning; what failed or is under way is left out."""

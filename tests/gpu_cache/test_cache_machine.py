@@ -60,24 +60,24 @@ class Machine(RuleBasedStateMachine):
         if layer in self.steps:
             self.finish(layer, admit=True)
         wanted = existing(layer, experts)
-        slots = self.attempt(self.cache.lookup, layer, wanted)
+        slots = self.attempt(self.cache.layer(layer).lookup, wanted)
         if slots is None:
-            self.cache.finish(layer)
+            self.cache.layer(layer).finish()
             return
         self.steps[layer] = wanted, slots
-        pool, local = self.cache._pool(layer)
-        late = [wish.layer for wish in pool._waiting if wish.reason is Reason.PREFETCH]
+        pool, local = self.cache.layer(layer)._sound, self.cache.layer(layer)._local
+        late = [wish.layer for wish in pool._waiting._waiting if wish.reason is Reason.PREFETCH]
         assert local not in late, "a prefetch for a layer that has begun"
         for copy in [copy for copy in self.device.copies if copy.ready][:arriving]:
             copy.end()
-        if fetch and (got := self.attempt(self.cache.fetch, layer, wanted[slots < 0])) is not None:
+        if fetch and (got := self.attempt(self.cache.layer(layer).fetch, wanted[slots < 0])) is not None:
             slots[slots < 0] = got
         self.launch(layer)
 
     def launch(self, layer: int) -> None:
         experts, slots = self.steps[layer]
         there, x = slots >= 0, torch.linspace(-1, 1, HIDDEN)[None]
-        launch = self.attempt(self.cache.launch, layer, x, one_token(experts[there]), slots[there])
+        launch = self.attempt(self.cache.layer(layer).launch, x, one_token(experts[there]), slots[there])
         if launch is not None:
             correct = expected(LAYERS[layer], x, experts[there])
             self.launches.append((launch, correct, list(self.device.computations[-1].after)))
@@ -88,14 +88,14 @@ class Machine(RuleBasedStateMachine):
         if layer not in self.steps:
             return
         experts, slots = self.steps.pop(layer)
-        self.cache.used(layer, experts, slots >= 0)
+        self.cache.layer(layer).used(experts, slots >= 0)
         if admit:
-            self.attempt(self.cache.admit, layer, experts[slots < 0])
-        self.cache.finish(layer)
+            self.attempt(self.cache.layer(layer).admit, experts[slots < 0])
+        self.cache.layer(layer).finish()
 
     @rule(layer=layer_numbers, experts=some_experts)
     def prefetch(self, layer: int, experts: set[int]) -> None:
-        self.attempt(self.cache.prefetch, layer, existing(layer, experts))
+        self.attempt(self.cache.layer(layer).prefetch, existing(layer, experts))
 
     @precondition(lambda self: any(copy.ready for copy in self.device.copies))
     @rule(which=st.integers(0, 9), fail=st.sampled_from([False, False, False, True]))
@@ -147,7 +147,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def visible_slots_hold_their_expert(self) -> None:
         for layer, (*_, records) in enumerate(LAYERS):
-            pool, local = self.cache._pool(layer)
+            pool, local = self.cache.layer(layer)._sound, self.cache.layer(layer)._local
             slots = pool.table.lookup(local, np.arange(len(records)))
             for expert in np.flatnonzero(slots >= 0):
                 assert torch.equal(pool.memory[slots[expert]], records[expert])
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def slots_in_use_stay(self) -> None:
         for layer, (experts, slots) in self.steps.items():
-            pool, local = self.cache._pool(layer)
+            pool, local = self.cache.layer(layer)._sound, self.cache.layer(layer)._local
             now = pool.table.key_of[slots[slots >= 0]]
             mine = pool.table.keys(local, experts[slots >= 0])
             assert ((now == mine) | (now == -1)).all(), "free where the copy has failed, but nobody else's"
@@ -165,7 +165,7 @@ class Machine(RuleBasedStateMachine):
     def what_waits_is_bounded(self) -> None:
         """An expert queued twice, or a queue that grows."""
         for pool in self.cache._pools:
-            queued = [(wish.layer, expert) for wish in pool._waiting for expert in wish.experts.tolist()]
+            queued = [(wish.layer, expert) for wish in pool._waiting._waiting for expert in wish.experts.tolist()]
             assert len(set(queued)) == len(queued)
             waiting, flying = len(queued), len(pool._uploads)
             assert waiting == 0 or waiting + flying <= max(pool._queued_limit, flying)
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         for layer in self.steps:
-            self.cache.finish(layer)
+            self.cache.layer(layer).finish()
         self.attempt(self.cache.drain)
         assert all((pool.table.pins == 0).all() for pool in self.cache._pools)
         self.cache.close()

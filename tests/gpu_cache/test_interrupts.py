@@ -43,17 +43,17 @@ class Interruption:
 def step(cache: ExpertCache, device: FakeDevice, layer: int, experts: np.ndarray) -> None:
     """As the dispatcher does it."""
     try:
-        slots = cache.lookup(layer, experts)
+        slots = cache.layer(layer).lookup(experts)
         hit = slots >= 0
-        slots[~hit] = cache.fetch(layer, experts[~hit])
+        slots[~hit] = cache.layer(layer).fetch(experts[~hit])
         there = slots >= 0
-        launch = cache.launch(layer, X, one_token(experts[there]), slots[there])
-        cache.prefetch(1 - layer, some(0, 1))
+        launch = cache.layer(layer).launch(X, one_token(experts[there]), slots[there])
+        cache.layer(1 - layer).prefetch(some(0, 1))
         assert torch.equal(launch.result(), expected(LAYERS[layer], X, experts[there]))
     finally:
-        cache.finish(layer)
-    cache.used(layer, experts, hit)
-    cache.admit(layer, some(3, 2))
+        cache.layer(layer).finish()
+    cache.layer(layer).used(experts, hit)
+    cache.layer(layer).admit(some(3, 2))
 
 
 def scenario(cache: ExpertCache, device: FakeDevice) -> None:
@@ -92,8 +92,8 @@ def check_that_it_serves(cache: ExpertCache, device: FakeDevice) -> None:
         slots = pool.table.lookup(layer, np.arange(len(records)))
         for expert in np.flatnonzero(slots >= 0):
             assert torch.equal(pool.memory[slots[expert]], records[expert])
-    assert cache.fetch(0, some(4, 5)).min() >= 0, "every slot of the layer's share can be had"
-    cache.finish(0)
+    assert cache.layer(0).fetch(some(4, 5)).min() >= 0, "every slot of the layer's share can be had"
+    cache.layer(0).finish()
     cache.resize(2 * LAYERS[0].layout.nbytes)
 
 
@@ -122,10 +122,10 @@ def test_an_interrupt_of_the_copy_itself(monkeypatch):
 
     monkeypatch.setattr(device, "copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache.prefetch(0, some(1))
+        cache.layer(0).prefetch(some(1))
     monkeypatch.undo()
     (begun,) = device.copies
-    slots = cache.fetch(0, some(2))
+    slots = cache.layer(0).fetch(some(2))
     assert begun.done()
-    launch = cache.launch(0, X, one_token(some(2)), slots)
+    launch = cache.layer(0).launch(X, one_token(some(2)), slots)
     assert torch.equal(launch.result(), expected(LAYERS[0], X, some(2)))

@@ -49,18 +49,18 @@ def run_steps(cache: ExpertCache, layers: list[CachedLayer], steps: int) -> None
         ids = np.stack([rng.permutation(EXPERTS)[:4] for _ in range(tokens)])
         routes = build_routes(ids, rng.random(ids.shape, np.float32), EXPERTS)
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(number))
-        slots = cache.lookup(index, routes.experts)
+        slots = cache.layer(index).lookup(routes.experts)
         try:
             hit = slots >= 0
             if number % 3 == 0:
-                slots[~hit] = cache.fetch(index, routes.experts[~hit])
+                slots[~hit] = cache.layer(index).fetch(routes.experts[~hit])
             there = select(routes, slots >= 0)
-            launch = cache.launch(index, x.to(cache.device.torch_device), there, slots[slots >= 0])
-            cache.prefetch((index + 1) % len(layers), rng.permutation(EXPERTS)[:3].astype(np.int32))
+            launch = cache.layer(index).launch(x.to(cache.device.torch_device), there, slots[slots >= 0])
+            cache.layer((index + 1) % len(layers)).prefetch(rng.permutation(EXPERTS)[:3].astype(np.int32))
         finally:
-            cache.finish(index)
-        cache.used(index, routes.experts, hit)
-        cache.admit(index, routes.experts[slots < 0])  # before the launch has ended
+            cache.layer(index).finish()
+        cache.layer(index).used(routes.experts, hit)
+        cache.layer(index).admit(routes.experts[slots < 0])  # before the launch has ended
         layer = layers[index]
         correct = run_reference(layer.spec, layer.layout, layer.records, x, there, there.experts)
         torch.testing.assert_close(launch.result().cpu(), correct, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,43 @@ def test_pinned_memory_needs_no_buffers() -> None:
     device.close()
     device.unpin(host)
     assert driver.registered == set()
+
+
+def test_copies_for_one_launch_are_one_wait() -> None:
+    """Catches events for each expert of a chunk, which take the host longer than the copies' calls themselves."""
+    device, driver = open_device()
+    host, pool = records(3), device.allocate(3, 64)
+    device.pin(host)
+    copies = device.copy_all(list(pool), list(host), [None] * 3, urgent=True)
+    assert len(set(copies)) == 1
+    assert driver.calls["event"] == 2
+    assert not copies[0].done()
+    copies[0].wait()
+    assert torch.equal(pool, host)
+    assert copies[0].elapsed_us() == pytest.approx(10 / 3), "of one expert, by which uploads are priced"
+
+
+def test_an_upload_of_several_that_fails_half_way() -> None:
+    """Catches a copy that has begun when a later one of the same call fails, and overwrites who has the slot next."""
+    layers, failing = make_layers(1), [False]
+    driver = FakeDriver(fails=lambda name, number: failing[0] and name == "copy" and driver.calls["copy"] % 3 == 0)
+    cache = ExpertCache(AcceleratorDevice(driver), layers, layers[0].records.nbytes)
+    layer = cache.layer(0)
+    for _ in range(3):
+        layer.lookup(np.arange(3, dtype=np.int32))
+        failing[0] = True
+        with pytest.raises(RuntimeError, match="copy failed"):
+            layer.fetch(np.arange(3, dtype=np.int32))
+        failing[0] = False
+        layer.finish()
+        assert (layer.slots() < 0).all()
+        slots = layer.fetch(np.array([3], np.int32))
+        layer.wait(slots)
+        layer.finish()
+        driver.synchronize()
+        assert torch.equal(layer.memory[int(slots[0])], layers[0].records[3])
+        cache._pools[0].reset()
+    cache.close()
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["pinned", "staged"])

@@ -12,6 +12,7 @@ import torch
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.hf_plugin.running import calibration
 from moebius.hf_plugin.running.dispatcher import Ran, Tier
 from moebius.predictors.costs import CostModel, ExpertCost
@@ -30,7 +31,7 @@ def make_tier(upload_us: float = 100.0) -> tuple[Tier, FakeDevice]:
 
 def upload(tier: Tier, device: FakeDevice, took_us: float) -> None:
     tier.cache.resize(8 * make_layers()[0].layout.nbytes)
-    tier.cache.prefetch(0, some(0, 1))
+    tier.cache.layer(0).prefetch(some(0, 1))
     for copy in list(device.copies):
         copy.took_us = took_us
         copy.end()
@@ -151,17 +152,17 @@ def test_compiling_leaves_time_to_measure(us, measured):
 def test_experts_are_timed_on_the_model_s_own_type(monkeypatch):
     """Hidden states in fp32 beside coded experts of a bf16 model: other kernels, many times slower on a GPU."""
     seen = set()
-    launch, run = ExpertCache.launch, CpuExecutor.run
+    launch, run = LayerCache.launch, CpuExecutor.run
 
-    def launched(self, layer, x, *args):
+    def launched(self, x, *args):
         seen.add(("device", x.dtype))
-        return launch(self, layer, x, *args)
+        return launch(self, x, *args)
 
     def ran(self, store, x, *args):
         seen.add(("cpu", x.dtype))
         return run(self, store, x, *args)
 
-    monkeypatch.setattr(ExpertCache, "launch", launched)
+    monkeypatch.setattr(LayerCache, "launch", launched)
     monkeypatch.setattr(CpuExecutor, "run", ran)
     model = zoo.build("qwen3_moe", dtype=torch.bfloat16)
     with helpers.patched(model, device="emulated", gpu_memory=0.5, expert_format="int8", keep_original=True):

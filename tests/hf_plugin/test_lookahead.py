@@ -28,13 +28,22 @@ class Cache:
     resident: list[int] = field(default_factory=list)
     offered: list[tuple[int, list[int], list[float]]] = field(default_factory=list)
 
-    def slots_of(self, layer: int) -> np.ndarray:
+    def layer(self, number: int) -> LayerCache:
+        return LayerCache(self, number)
+
+
+@dataclass
+class LayerCache:
+    cache: Cache
+    number: int
+
+    def slots(self) -> np.ndarray:
         slots = np.full(E, -1, np.int32)
-        slots[self.resident] = 0
+        slots[self.cache.resident] = 0
         return slots
 
-    def prefetch(self, layer: int, experts: np.ndarray, chances: np.ndarray) -> int:
-        self.offered.append((layer, experts.tolist(), chances.tolist()))
+    def prefetch(self, experts: np.ndarray, chances: np.ndarray) -> int:
+        self.cache.offered.append((self.number, experts.tolist(), chances.tolist()))
         return len(experts)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import moebius
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
+from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.hf_plugin.running import layer as layer_module
 from moebius.hf_plugin.running.held import HeldWeights
 from tests import zoo
@@ -242,8 +243,8 @@ def _failing(original: Any, call: int, error: BaseException) -> Any:
         (HeldWeights, "fill", 4),
         (layer_module.PatchedLayer, "install", 2),
         (ExpertCache, "__init__", 1),
-        (ExpertCache, "fetch", 1),
-        (ExpertCache, "launch", 1),
+        (LayerCache, "fetch", 1),
+        (LayerCache, "launch", 1),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

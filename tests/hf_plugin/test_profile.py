@@ -132,7 +132,7 @@ def test_from_live_use_to_the_next_patch(tmp_path: Path) -> None:
         cache = runtime.tiers[0].cache
         assert cache.resident.sum() == cache.slots
         shares = np.concatenate(profile.uses)
-        kept = np.concatenate([cache.slots_of(layer) >= 0 for layer in range(len(profile.uses))])
+        kept = np.concatenate([cache.layer(layer).slots() >= 0 for layer in range(len(profile.uses))])
         assert shares[kept].min() >= shares[~kept].max()
         assert moebius.stats(model).sums.uploads == 0
         logits(model, torch.tensor([[0]]))

@@ -177,10 +177,10 @@ def live_cache(policy: str, slots: int) -> tuple[ExpertCache, FakeDevice]:
 
 
 def live_step(cache: ExpertCache, layer: int, experts: np.ndarray) -> int:
-    slots = cache.lookup(layer, experts)
-    cache.finish(layer)
-    cache.used(layer, experts, slots >= 0)
-    cache.admit(layer, experts[slots < 0])
+    slots = cache.layer(layer).lookup(experts)
+    cache.layer(layer).finish()
+    cache.layer(layer).used(experts, slots >= 0)
+    cache.layer(layer).admit(experts[slots < 0])
     return int((slots >= 0).sum())
 
 
@@ -211,7 +211,7 @@ def test_a_recorded_event_log_leads_to_the_same_placements(name):
         cache._pools[0].policy.price = cache._policies[0].price
         for layer, experts in enumerate(token):
             live_step(cache, layer, experts)
-            cache.prefetch((layer + 1) % 3, rng.choice(32, 2, replace=False).astype(np.int32))
+            cache.layer((layer + 1) % 3).prefetch(rng.choice(32, 2, replace=False).astype(np.int32))
             for copy in device.copies:
                 if copy.ready and rng.random() < 0.5:
                     copy.end()

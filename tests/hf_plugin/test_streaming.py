@@ -39,9 +39,9 @@ def make_step(tokens: int, seed: int = 0) -> tuple[torch.Tensor, Routes]:
 
 
 def start(cache: ExpertCache, x: torch.Tensor, routes: Routes, wanted: np.ndarray | None = None) -> DeviceShare:
-    slots = cache.lookup(0, routes.experts)
+    slots = cache.layer(0).lookup(routes.experts)
     chosen = np.ones(len(slots), bool) if wanted is None else wanted
-    return DeviceShare(cache, 0, x, routes, slots, helpers.assignment(routes.offsets, slots, chosen))
+    return DeviceShare(cache.layer(0), x, routes, slots, helpers.assignment(routes.offsets, slots, chosen))
 
 
 def expected(x: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -53,9 +53,9 @@ def test_residents_do_not_wait_for_copies_and_chunks_only_for_their_own() -> Non
     """One launch behind all copies: the device idles while the link works, and the link afterwards."""
     device = FakeDevice()
     cache = ExpertCache(device, LAYERS, 2 * EXPERTS * NBYTES)
-    cache.fetch(0, some(0, 1, 2))
+    cache.layer(0).fetch(some(0, 1, 2))
     cache.drain()
-    cache.finish(0)
+    cache.layer(0).finish()
     x, routes = make_step(8)
     share = start(cache, x, routes)
     waits = [len(computation.after) for computation in device.computations]
@@ -71,7 +71,7 @@ def test_residents_do_not_wait_for_copies_and_chunks_only_for_their_own() -> Non
     assert not share.waiting
     got = share.launched[-1].launch.result()
     torch.testing.assert_close(got, expected(x, routes), rtol=1e-5, atol=1e-5)
-    cache.finish(0)
+    cache.layer(0).finish()
 
 
 def test_heaviest_first() -> None:
@@ -83,7 +83,7 @@ def test_heaviest_first() -> None:
     share.finish()
     counts = np.concatenate([np.sort(launched.computed)[::-1] for launched in share.launched])
     assert (np.diff(counts) <= 0).all()
-    cache.finish(0)
+    cache.layer(0).finish()
 
 
 def test_the_window_bounds_the_slots_of_a_step() -> None:
@@ -100,7 +100,7 @@ def test_the_window_bounds_the_slots_of_a_step() -> None:
     share.advance()
     assert len(device.copies) == streaming.WINDOW * 2
     share.finish()
-    cache.finish(0)
+    cache.layer(0).finish()
     assert share.fetched.all()
 
 
@@ -115,7 +115,7 @@ def test_fewer_slots_than_experts(slots: int) -> None:
             left = share.finish()
             assert not len(left)
             got = share.launched[-1].launch.result()
-            cache.finish(0)
+            cache.layer(0).finish()
             torch.testing.assert_close(got, expected(x, routes), rtol=1e-5, atol=1e-5)
     finally:
         cache.close()
@@ -125,16 +125,16 @@ def test_no_slot_to_be_had() -> None:
     """Another step holds all slots: what cannot be fetched is handed back, not lost."""
     device = FakeDevice()
     cache = ExpertCache(device, LAYERS, 2 * NBYTES, "ema")
-    cache.fetch(1, some(0, 1))
+    cache.layer(1).fetch(some(0, 1))
     cache.drain()
-    cache.lookup(1, some(0, 1))
+    cache.layer(1).lookup(some(0, 1))
     x, routes = make_step(4)
     share = start(cache, x, routes)
     assert sorted(share.finish()) == list(range(len(routes.experts)))
     assert not share.launched
     assert not share.fetched.any()
-    cache.finish(0)
-    cache.finish(1)
+    cache.layer(0).finish()
+    cache.layer(1).finish()
 
 
 def test_a_failed_copy_is_an_error_of_the_step_and_the_cache_goes_on() -> None:
@@ -147,11 +147,11 @@ def test_a_failed_copy_is_an_error_of_the_step_and_the_cache_goes_on() -> None:
     share.finish()
     with pytest.raises(RuntimeError, match="injected"):
         share.launched[-1].launch.result()
-    cache.finish(0)
+    cache.layer(0).finish()
     again = start(cache, x, routes)
     again.finish()
     torch.testing.assert_close(again.launched[-1].launch.result(), expected(x, routes), rtol=1e-5, atol=1e-5)
-    cache.finish(0)
+    cache.layer(0).finish()
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
@@ -159,9 +159,9 @@ def test_a_failed_copy_is_an_error_of_the_step_and_the_cache_goes_on() -> None:
 def test_any_share_is_computed_once(slots: int, tokens: int, seed: int, before: list[int]) -> None:
     """Any mixture of residents, fetched experts and the CPU's, in any pool."""
     cache = ExpertCache(FakeDevice(), LAYERS, slots * NBYTES)
-    cache.fetch(0, some(*sorted(set(before))))
+    cache.layer(0).fetch(some(*sorted(set(before))))
     cache.drain()
-    cache.finish(0)
+    cache.layer(0).finish()
     x, routes = make_step(tokens, seed)
     wanted = np.random.default_rng(seed).random(len(routes.experts)) < 0.7
     share = start(cache, x, routes, wanted)
@@ -170,7 +170,7 @@ def test_any_share_is_computed_once(slots: int, tokens: int, seed: int, before: 
     done = wanted & ~left
     got = share.launched[-1].launch.result() if share.launched else torch.zeros_like(x)
     torch.testing.assert_close(got, expected(x, select(routes, done)), rtol=1e-5, atol=1e-5)
-    cache.finish(0)
+    cache.layer(0).finish()
     assert (cache._pools[0].table.pins == 0).all()
 
 

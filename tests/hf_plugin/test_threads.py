@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
-from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.emulated import EmulatedDevice
+from moebius.gpu_cache.layer_cache import LayerCache
 from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EMULATED, PLACEMENTS, assert_close, everywhere, greedy, logits, patched, prompt
@@ -219,7 +219,7 @@ def _interrupted_in(target: Any, name: str, call: int, before: bool) -> Iterator
 
 INTERRUPTED = [
     *((CpuExecutor, "run", call) for call in (1, 2, 5)),
-    *((ExpertCache, name, 4) for name in ("lookup", "launch", "used", "admit", "prefetch", "finish", "slots_of")),
+    *((LayerCache, name, 4) for name in ("lookup", "launch", "used", "admit", "prefetch", "finish", "slots")),
 ]
 
 

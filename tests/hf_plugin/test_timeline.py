@@ -60,9 +60,9 @@ def test_all_three_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None
         with helpers.patched(model, device="emulated", gpu_memory=0.75, prefetch=False, cache_policy="ema"):
             cache = vars(helpers.experts_modules(model)[0])["_moebius"].runtime.tiers[0].cache
             cache.resize(cache.nbytes)  # is empty then
-            cache.fetch(0, np.arange(2, dtype=np.int32))
+            cache.layer(0).fetch(np.arange(2, dtype=np.int32))
             cache.drain()
-            cache.finish(0)
+            cache.layer(0).finish()
             computing.setattr(CostModel, "assign", _one_of_each)
             with recorded(model) as timeline:
                 armed.set()

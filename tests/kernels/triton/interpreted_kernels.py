@@ -236,12 +236,12 @@ def test_the_emulated_cache_runs_these_kernels():
     records = torch.nan_to_num(case.pool.view(torch.float32), nan=0.5).view(torch.uint8)[:4]
     cache = ExpertCache(open_device("emulated"), [CachedLayer(case.spec, case.layout, records)], records.nbytes)
     try:
-        slots = cache.fetch(0, case.routes.experts)
-        launch = cache.launch(0, case.x, case.routes, slots)
+        slots = cache.layer(0).fetch(case.routes.experts)
+        launch = cache.layer(0).launch(case.x, case.routes, slots)
         expected = case._replace(pool=records, slots=case.routes.experts).expected()
         assert error(launch.result(), expected) < 1e-6
-        assert cache._executors[0].func is experts.moe_forward  # type: ignore[attr-defined]
-        cache.finish(0)
+        assert cache.layer(0)._execute.func is experts.moe_forward  # type: ignore[attr-defined]
+        cache.layer(0).finish()
     finally:
         cache.close()
 
