@@ -20,7 +20,8 @@ _HALF = GROUP // 2
 
 def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [..., n, m] as a record stores them: rows padded to whole groups, 4-bit codes two to a byte."""
-    padded = F.pad(codes, (0, -codes.shape[-1] % GROUP))
+    padding = -codes.shape[-1] % GROUP
+    padded = F.pad(codes, (0, padding)) if padding else codes  # which would copy
     if bits == 8:
         return padded
     groups = padded.unflatten(-1, (-1, 2, _HALF))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from moebius.kernels.encoding import decode, encode, from_bytes, to_bytes
 from moebius.kernels.experts import ExpertWeights, RecordLayout
 from moebius.kernels.formats import FLOATS, GROUP, Coding
+from moebius.kernels.numba import matrices
 from moebius.kernels.numba.quantizer import quantize_into
 
 _RANGES = {8: (-127, 127), 4: (-8, 7)}  # of codes
@@ -21,15 +24,17 @@ _REFINEMENTS = 2  # rounds of codes for the scale, then the best scale for the c
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedMatrix:
-    """A matrix as a quantised checkpoint has it.
+    """A matrix [n, m] of a quantised checkpoint.
 
     Args:
-        codes: uint8 [n, m], one to a byte.
+        columns: m.
+        codes: uint8 [n, bytes], as records have them; see `encoding.to_bytes`.
         scales, zeros: [*coding.blocks((n, m))], in the types of `moebius.kernels.formats`.
         order: where columns are not grouped in their order, the block of each, int64 [m].
     """
 
     coding: Coding
+    columns: int
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
@@ -38,13 +43,13 @@ class CodedMatrix:
     def numbers(self) -> torch.Tensor:
         """The weights, fp32 [n, m]."""
         if self.order is None:
-            return decode(self.coding, self.codes, self.scales, self.zeros)
-        ungrouped = replace(self.coding, columns=GROUP)
-        matrix = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+            return unpack_matrix(self.coding, self.columns, self.codes, self.scales, self.zeros)
+        codes, ungrouped = from_bytes(self.codes, self.columns, self.coding.bits), replace(self.coding, columns=GROUP)
+        matrix = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for block in range(self.scales.shape[1]):
             mine = self.order == block
             zeros = None if self.zeros is None else self.zeros[:, block, None]
-            matrix[:, mine] = decode(ungrouped, self.codes[:, mine], self.scales[:, block, None], zeros)
+            matrix[:, mine] = decode(ungrouped, codes[:, mine], self.scales[:, block, None], zeros)
         return matrix
 
     def rows(self, which: slice) -> CodedMatrix:
@@ -52,6 +57,22 @@ class CodedMatrix:
         assert self.coding.rows == 1, self.coding
         zeros = None if self.zeros is None else self.zeros[which]
         return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
+
+
+def from_pairs(pairs: torch.Tensor) -> torch.Tensor:
+    """4-bit codes uint8 [n, m / 2] that lie two to a byte, neighbours together, the first in the low bits, as records
+    have them."""
+    pairs = F.pad(pairs, (0, -pairs.shape[-1] % (GROUP // 2)))
+    if pairs.device.type == "cpu":
+        return matrices.part_pairs(pairs)
+    return to_bytes(torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2), 4)
+
+
+def has_nan(coding: Coding, codes: torch.Tensor) -> bool:
+    """Whether a code (uint8, of any shape) stands for NaN."""
+    if coding.code != "e4m3":
+        return False
+    return matrices.has_nan(codes) if codes.device.type == "cpu" else bool(((codes & 127) == 127).any())
 
 
 def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torch.Tensor | CodedMatrix]) -> None:
@@ -66,7 +87,7 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
     for name, matrix in weights.items():
         if isinstance(matrix, CodedMatrix):
             if matrix.coding == coding and matrix.order is None:
-                _put(coding, name, stored, matrix.codes, matrix.scales, matrix.zeros)
+                _put(name, stored, matrix.codes, matrix.scales, matrix.zeros)
                 continue
             weight = matrix.numbers()
         else:
@@ -80,14 +101,9 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
 
 
 def _put(
-    coding: Coding,
-    name: str,
-    stored: dict[str, torch.Tensor],
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    name: str, stored: dict[str, torch.Tensor], codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> None:
-    stored[name].copy_(to_bytes(codes, coding.bits))
+    stored[name].copy_(codes)
     stored[f"{name}_scale"].copy_(scales)
     if zeros is not None:
         stored[f"{name}_zero"].copy_(zeros)
@@ -98,14 +114,16 @@ def _encode_to(weight: torch.Tensor, coding: Coding, name: str, stored: dict[str
         for index in range(len(weight)):
             _encode_to(weight[index], coding, name, {key: part[index] for key, part in stored.items()})
         return
-    _put(coding, name, stored, *encode(coding, weight))
+    codes, scales, zeros = encode(coding, weight)
+    _put(name, stored, to_bytes(codes, coding.bits), scales, zeros)
 
 
 def _quantize_to(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Compiled code for what lies in host memory, torch elsewhere."""
+    """Compiled code for what lies in host memory, torch elsewhere; several matrices on torch's number of threads."""
     if weight.ndim > 2:
-        for index in range(len(weight)):
-            _quantize_to(weight[index], bits, codes[index], scales[index])
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for _ in pool.map(_quantize_to, weight, repeat(bits), codes, scales):
+                pass
     elif weight.device.type == codes.device.type == "cpu" and weight.numel():
         matrix = weight.detach() if weight.dtype in FLOATS.values() else weight.detach().float()
         quantize_into(matrix.contiguous(), bits, _starts(bits), codes, scales)
@@ -138,6 +156,8 @@ def unpack_matrix(
     coding: Coding, columns: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The matrix fp32 [..., n, columns] that stored codes, scales and zero points stand for."""
+    if codes.ndim == 2 and codes.device.type == "cpu" and not has_nan(coding, codes):  # which compiled code cannot see
+        return matrices.decode(coding, codes, columns, scales, zeros)
     return decode(coding, from_bytes(codes, columns, coding.bits), scales, zeros)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from moebius.kernels.encoding import to_bytes
 from moebius.kernels.formats import GROUP, SCALES, Coding
-from moebius.kernels.packing import CodedMatrix
+from moebius.kernels.packing import CodedMatrix, from_pairs, has_nan
 
 Tensors = Mapping[str, torch.Tensor]  # of one weight, by the end of their names
 
@@ -73,7 +74,7 @@ def check(matrix: CodedMatrix) -> None:
     bad = (scales == 255).any() if scales.dtype == torch.uint8 else ~torch.isfinite(scales).all()
     if bad:
         raise ValueError("scales are NaN or infinite")
-    if matrix.coding.code == "e4m3" and ((matrix.codes & 127) == 127).any():
+    if has_nan(matrix.coding, matrix.codes):
         raise ValueError("weights are NaN")
 
 
@@ -97,29 +98,31 @@ def _block(name: str, size: int, count: int, configured: int | None) -> int:
     return size // count
 
 
-def _of_bytes(code: str, codes: torch.Tensor, scales: torch.Tensor, size: Any) -> CodedMatrix:
+def _of_blocks(code: str, columns: int, codes: torch.Tensor, scales: torch.Tensor, size: Any) -> CodedMatrix:
+    """From codes as records have them, and scales of blocks of a size."""
     scales, scale = _scales(scales)
-    n, m = codes.shape
+    n, m = len(codes), columns
     if scales.ndim < 2:
         scales = scales.reshape(-1, 1)
     if scales.ndim != 2:
-        raise ValueError(f"scales have the shape {tuple(scales.shape)} beside weights of {tuple(codes.shape)}")
+        raise ValueError(f"scales have the shape {tuple(scales.shape)} beside weights of {(n, m)}")
     rows = _block("rows", n, scales.shape[0], size[0] if size else None)
-    columns = _block("columns", m, scales.shape[1], size[1] if size else None)
-    return CodedMatrix(Coding(code, rows, columns, scale), codes, scales)
+    together = _block("columns", m, scales.shape[1], size[1] if size else None)
+    return CodedMatrix(Coding(code, rows, together, scale), m, codes, scales)
+
+
+def _of_bytes(code: str, codes: torch.Tensor, scales: torch.Tensor, size: Any) -> CodedMatrix:
+    """From codes [n, m], one to a byte."""
+    return _of_blocks(code, codes.shape[1], to_bytes(codes, 8), scales, size)
 
 
 def _fp8(tensors: Tensors, size: Any) -> CodedMatrix:
     weight, scales = tensors["weight"], tensors["weight_scale_inv"]
     if weight.dtype in (torch.int8, torch.uint8):  # e2m1, two to a byte
-        return _of_bytes("e2m1", _two_to_a_byte(weight.view(torch.uint8)), scales, None)
+        return _of_blocks("e2m1", 2 * weight.shape[1], from_pairs(weight.view(torch.uint8)), scales, None)
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"weights are {weight.dtype}, not e4m3")
     return _of_bytes("e4m3", weight.view(torch.uint8), scales, size)
-
-
-def _two_to_a_byte(packed: torch.Tensor) -> torch.Tensor:
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
 def _mxfp4(tensors: Tensors) -> CodedMatrix:
@@ -127,32 +130,38 @@ def _mxfp4(tensors: Tensors) -> CodedMatrix:
     if blocks.dtype != torch.uint8 or blocks.shape[-1] != GROUP // 2 or blocks.shape[:-1] != scales.shape:
         raise ValueError(f"blocks {blocks.dtype} {list(blocks.shape)} do not belong to scales {list(scales.shape)}")
     scales, scale = _scales(scales)
-    return CodedMatrix(Coding("e2m1", 1, GROUP, scale), _two_to_a_byte(blocks).flatten(-2), scales)
+    pairs = blocks.flatten(-2)
+    return CodedMatrix(Coding("e2m1", 1, GROUP, scale), 2 * pairs.shape[-1], from_pairs(pairs), scales)
+
+
+def _words(packed: torch.Tensor) -> torch.Tensor:
+    if packed.dtype != torch.int32:
+        raise ValueError(f"packed weights are {packed.dtype}, not int32")
+    return packed
 
 
 def _unpacked(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """Codes uint8 that int32 numbers hold along a dimension, lowest bits first."""
-    if packed.dtype != torch.int32:
-        raise ValueError(f"packed weights are {packed.dtype}, not int32")
     shifts = range(0, 32, bits)
-    parts = [((packed >> shift) & ((1 << bits) - 1)).to(torch.uint8) for shift in shifts]
+    parts = [((_words(packed) >> shift) & ((1 << bits) - 1)).to(torch.uint8) for shift in shifts]
     return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
 
 
 def _int4(
+    columns: int,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     size: int | None,
     order: torch.Tensor | None = None,
 ) -> CodedMatrix:
-    """From codes [n, m], and [n, blocks] each; `order` is the block of each column, where it is stored."""
+    """From codes as records have them, and [n, blocks] each; `order` is each column's block, where that is stored."""
     scales, scale = _scales(scales)
-    columns = _block("columns", codes.shape[1], scales.shape[1], size)
-    matrix = CodedMatrix(Coding("int4", 1, columns, scale, zeros is not None), codes, scales, zeros)
-    if order is None or order.is_meta or columns == 0:
+    together = _block("columns", columns, scales.shape[1], size)
+    matrix = CodedMatrix(Coding("int4", 1, together, scale, zeros is not None), columns, codes, scales, zeros)
+    if order is None or order.is_meta or together == 0:
         return matrix
-    plain = torch.equal(order.long(), torch.arange(len(order), device=order.device) // columns)
+    plain = torch.equal(order.long(), torch.arange(len(order), device=order.device) // together)
     return matrix if plain else replace(matrix, order=order.long())
 
 
@@ -171,7 +180,8 @@ def _gptq_method(config: Mapping[str, Any]) -> Method:
     def read(tensors: Tensors) -> CodedMatrix:
         zeros = (_unpacked(tensors["qzeros"], 4, 1) + above).T
         codes, scales = _unpacked(tensors["qweight"], 4, 0).T, tensors["scales"].T
-        matrix = _int4(codes, scales, zeros, _group_size(config), tensors.get("g_idx"))
+        size = _group_size(config)
+        matrix = _int4(codes.shape[1], to_bytes(codes, 4), scales, zeros, size, tensors.get("g_idx"))
         if matrix.order is not None and not ordered:
             raise ValueError("g_idx orders columns by activation, but the configuration has desc_act=false")
         return matrix
@@ -189,7 +199,7 @@ def _awq_method(config: Mapping[str, Any]) -> Method:
 
     def read(tensors: Tensors) -> CodedMatrix:
         codes, zeros = in_order(tensors["qweight"]).T, in_order(tensors["qzeros"]).T
-        return _int4(codes, tensors["scales"].T, zeros, _group_size(config))
+        return _int4(codes.shape[1], to_bytes(codes, 4), tensors["scales"].T, zeros, _group_size(config))
 
     return Method("weight", ("qweight", "qzeros", "scales"), read)
 
@@ -213,15 +223,17 @@ def _compressed_method(config: Mapping[str, Any]) -> Method:
         scales = tensors["weight_scale"]
         if (plain := tensors.get("weight")) is not None:
             return _of_bytes({torch.int8: "int8"}.get(plain.dtype, "e4m3"), plain.view(torch.uint8), scales, block)
-        codes = _unpacked(tensors["weight_packed"], bits, 1)
+        packed = _words(tensors["weight_packed"]).view(torch.uint8)
+        rows, columns = len(packed), packed.shape[1] * 8 // bits
         if (shape := tensors.get("weight_shape")) is not None and not shape.is_meta:
-            codes = codes[: int(shape[0]), : int(shape[1])]
+            rows, columns = int(shape[0]), int(shape[1])
         if bits == 8:
-            return _of_bytes("int8", codes ^ 128, scales, block)
+            return _of_bytes("int8", packed[:rows, :columns] ^ 128, scales, block)
         points = tensors.get("weight_zero_point")
-        zeros = None if points is None else _unpacked(points, 4, 0)[: len(codes)]
+        zeros = None if points is None else _unpacked(points, 4, 0)[:rows]
         order = tensors.get("weight_g_idx") if ordered else None
-        return _int4(codes, scales.reshape(len(codes), -1), zeros, _group_size(weights[0]), order)
+        codes = from_pairs(packed[:rows, : -(-columns // 2)])
+        return _int4(columns, codes, scales.reshape(rows, -1), zeros, _group_size(weights[0]), order)
 
     packed = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     plain = ("weight", "weight_scale", "weight_zero_point")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from moebius.hf_plugin.checkpoints.codes import Method
+from moebius.hf_plugin.checkpoints.conversions import ReadWeight
+from moebius.hf_plugin.checkpoints.reading import Reader, Record, Stored
 from moebius.hf_plugin.discovery.adapters import ExpertParams
 from moebius.kernels.packing import CodedMatrix
 
@@ -36,7 +38,9 @@ class Decode(ConversionOps):
         self, checkpoint: QuantizedCheckpoint, original: WeightConverter | None, method: Method | None, packed: bool
     ) -> None:
         self.hf_quantizer = checkpoint  # tells transformers to leave the tensors' dtypes alone
+        self.taker = checkpoint.taker
         self._checkpoint, self._original, self.method, self.packed = checkpoint, original, method, packed
+        self.patterns: list[str] = []  # what it collects
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decode:
         """Itself: transformers copies conversions for every weight."""
@@ -59,6 +63,15 @@ class Decode(ConversionOps):
             )
         return result
 
+    def is_read(self, name: str) -> bool:
+        """Whether our own threads read a weight."""
+        return self._checkpoint.is_read(name)
+
+    def read(self, keys: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> CodedMatrix:
+        """The matrix that some tensors stand for, by the ends of their names."""
+        assert self.method is not None
+        return self._checkpoint.read(self.method, keys, tensors)
+
     def _ends(self, patterns: Sequence[str]) -> list[str]:
         if self.method is None:
             return ["weight"] * len(patterns)
@@ -71,61 +84,50 @@ class Decode(ConversionOps):
         try:
             return self._convert(input_dict, source_patterns, kwargs)
         except (ValueError, RuntimeError, KeyError) as error:
-            self._checkpoint.refuse(kwargs["full_layer_name"], error)
+            self.taker.refuse(kwargs["full_layer_name"], error)
             return {}
 
     def _convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        model, name, taker = kwargs["model"], kwargs["full_layer_name"], self._checkpoint.taker
+        model, name = kwargs["model"], kwargs["full_layer_name"]
         collected = {p: tensors if isinstance(tensors, list) else [tensors] for p, tensors in input_dict.items()}
-        if not taker.wants(model, name):
+        if not self.taker.wants(model, name):
             return self._assembled(collected, source_patterns, kwargs)
-        weights: dict[str, Any] = {name: None}
-        if not taker.has(model, name):
-            if self._checkpoint.is_apart(name):
-                taker.take_coded(
-                    model, name, partial(self._matrices, model, name, *self._sources(collected, source_patterns, name))
-                )
-            else:
-                weights = self._assembled(collected, source_patterns, kwargs)
-                for each, tensor in weights.items():
-                    taker.take(model, each, tensor[0] if isinstance(tensor, list) else tensor)
-        for each in weights:
-            taker.settle(model, each, kwargs.get("missing_keys"))
+        for each, tensor in self._assembled(collected, source_patterns, kwargs).items():
+            self.taker.take(model, each, tensor[0] if isinstance(tensor, list) else tensor)
+            self.taker.settle(model, each, kwargs.get("missing_keys"))
         return {}
 
-    def _sources(self, collected: Any, patterns: list[str], name: str) -> tuple[Any, Any]:
-        return self.grouped(collected, patterns), self.grouped(self._checkpoint.keys_of(name, patterns), patterns)
+    def keys_of(self, name: str) -> list[list[dict[str, str]]]:
+        """The names of a weight's tensors, by source, by expert, by end of name."""
+        return self.grouped(self._checkpoint.keys_of(name), self.patterns)
 
-    def _matrices(
-        self, model: PreTrainedModel, name: str, tensors: Any, keys: Any, expert: int
-    ) -> dict[str, CodedMatrix]:
-        """An expert's matrices by the names of `ExpertWeights`."""
-        assert self.method is not None
-        path, _, weight = name.rpartition(".")
-        params = self._params(model.get_submodule(path))
-        if not self.packed:
-            parts = params.stacked(weight)
-            return {
-                part: self._checkpoint.read(self.method, keys[i][expert], tensors[i][expert])
-                for i, part in enumerate(parts)
-            }
-        one = {end: tensor[expert] for end, tensor in tensors[0][0].items()}
-        matrix = self._checkpoint.read(self.method, keys[0][0], one)
-        return {part: matrix.rows(rows) for part, rows in params.rows(weight).items()}
-
-    def _params(self, owner: nn.Module) -> ExpertParams:
-        return self._checkpoint.params[owner]
+    def pieces(self, name: str, params: ExpertParams) -> list[CodedPiece]:
+        """What files have of a weight of experts."""
+        sources, weight, stored = self.keys_of(name), name.rpartition(".")[2], self._checkpoint.stored
+        if self.packed:
+            rows = params.rows(weight)
+            places = {end: stored(key) for end, key in sources[0][0].items()}
+            each = {end: place.split(place.shape[1:]) for end, place in places.items()}
+            return [
+                CodedPiece(self, expert, sources[0][0], {end: found[expert] for end, found in each.items()}, rows)
+                for expert in range(params.num_experts)
+            ]
+        return [
+            CodedPiece(self, expert, keys, {end: stored(key) for end, key in keys.items()}, {part: None})
+            for part, of_part in zip(params.stacked(weight), sources, strict=True)
+            for expert, keys in enumerate(of_part)
+        ]
 
     def _assembled(self, collected: Any, patterns: list[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The weight as the model has it, dequantised, and others that are made of the same tensors, by their names."""
         name, model = kwargs["full_layer_name"], kwargs["model"]
-        tensors, keys = self._sources(collected, patterns, name)
+        tensors = self.grouped(collected, patterns)
         dtype = _dtype(model, name)
         values = [
             [self._value(key, one, dtype) for key, one in zip(ks, ts, strict=True)]
-            for ks, ts in zip(keys, tensors, strict=True)
+            for ks, ts in zip(self.keys_of(name), tensors, strict=True)
         ]
         if self._original is None:
             return {name: values[0][0]}
@@ -145,15 +147,50 @@ class Decode(ConversionOps):
         plain = tensors.get(self.method.weight if self.method is not None else "weight")
         if plain is not None and plain.dtype in PLAIN and len(tensors) == 1:
             return plain.to(dtype)
-        assert self.method is not None
         if next(iter(tensors.values())).ndim > 2 and self.packed:
             count = len(next(iter(tensors.values())))
-            rows = [
-                self._checkpoint.read(self.method, keys, {end: t[e] for end, t in tensors.items()})
-                for e in range(count)
-            ]
+            rows = [self.read(keys, {end: t[e] for end, t in tensors.items()}) for e in range(count)]
             return torch.stack([matrix.numbers().to(dtype) for matrix in rows]).mT.contiguous()
-        return self._checkpoint.read(self.method, keys, tensors).numbers().to(dtype)
+        return self.read(keys, tensors).numbers().to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedPiece:
+    """The tensors that stand for a matrix of an expert, or for all rows of a packed weight.
+
+    Args:
+        keys: their names, by the ends of these.
+        places: where they are.
+        parts: the parts of the record that the matrix is, and which of its rows each of them has (None: all).
+    """
+
+    operation: Decode
+    expert: int
+    keys: Mapping[str, str]
+    places: Mapping[str, Stored]
+    parts: Mapping[str, slice | None]
+
+    @property
+    def tensors(self) -> Sequence[Stored]:
+        return list(self.places.values())
+
+    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
+        matrix = self.operation.read(self.keys, {end: reader.load(place) for end, place in self.places.items()})
+        parts = {part: matrix if rows is None else matrix.rows(rows) for part, rows in self.parts.items()}
+        held.fill_coded(record, parts)
+
+
+class QuantizedWeight(ReadWeight):
+    """Collects the tensors that stand for a weight; those of coded experts are not loaded, since they are read here."""
+
+    __slots__ = ()
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        operation: Any = self.operations[0]
+        if not operation.is_read(target_key):
+            super().add_tensor(target_key, source_key, source_pattern, future)
+        elif isinstance(future, Future):
+            future.cancel()  # transformers reads ahead on threads what a checkpoint has quantised
 
 
 def _dtype(model: PreTrainedModel, name: str) -> torch.dtype | None:

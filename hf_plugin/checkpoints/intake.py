@@ -16,9 +16,8 @@ from transformers.utils import logging
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.hf_plugin.checkpoints.read_ahead import ReadAhead
-from moebius.hf_plugin.checkpoints.reading import Matrix, Reader, Shards, Stored, runs
+from moebius.hf_plugin.checkpoints.reading import Piece, Reader, Shards, Stored, runs
 from moebius.hf_plugin.running.held import HeldWeights
-from moebius.kernels.packing import CodedMatrix
 
 READERS = 4  # threads at least: they wait for the disk, and for Python's lock between two reads
 
@@ -81,36 +80,23 @@ class Intake:
 
         self._unless_failed(fill)
 
-    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Matrix]]) -> None:
-        """Begin to read some of a module's weights: by name, the matrices of all experts."""
+    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Piece]]) -> None:
+        """Begin to read some of a module's weights: by name, what files have of all experts."""
 
         def begin() -> None:
             for name in weights:
                 self._check_absent(held, name)
-            matrices = [matrix for of_weight in weights.values() for matrix in of_weight]
+            pieces = [piece for of_weight in weights.values() for piece in of_weight]
             records = held.store.records  # allocated here, and not by several threads
-            futures = [self._pool.submit(_fill, held, records, run) for run in runs(matrices)]
+            futures = [self._pool.submit(_fill, held, records, run) for run in runs(pieces)]
             self._reading.append((held, list(weights), futures))
             self._await(self.lead)
 
         self._unless_failed(begin)
 
-    def take_coded(self, held: HeldWeights, name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]) -> None:
-        """Take one of a module's weights as each expert's coded matrices."""
-
-        def fill() -> None:
-            self._begin(held)
-            held.fill_coded(name, matrices, self._each)
-            self._done(held, [name])
-
-        self._unless_failed(fill)
-
-    def refuse(self, full_name: str, error: Exception) -> None:
+    def refuse(self, error: Exception) -> None:
         """Have `finish` raise that a weight cannot be put together."""
-        self._error = self._error or ValueError(
-            f"{full_name} cannot be put together from the tensors in {self._folder} ({error}): the checkpoint is "
-            "incomplete or belongs to another architecture; download or copy it again"
-        )
+        self._error = self._error or error
 
     def finish(self) -> RecordFile | None:
         """All weights have been offered.
@@ -172,10 +158,6 @@ class Intake:
             self._verify(held)
             self._complete(self._names[id(held)], held)
 
-    def _each(self, function: Callable[[int], None], count: int) -> None:
-        for _ in self._pool.map(function, range(count)):
-            pass
-
     def _complete(self, name: str, held: HeldWeights) -> None:
         """All weights of a module are there."""
 
@@ -223,22 +205,33 @@ class FromFile:
 
     def __init__(self, helds: Mapping[str, HeldWeights], file: RecordFile) -> None:
         self._file = adopt(file, helds)
+        self._error: Exception | None = None
 
     def take(self, held: HeldWeights, name: str, full_name: str, tensor: torch.Tensor) -> None:
         """Nothing is taken."""
 
-    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Matrix]]) -> None:
+    def read(self, held: HeldWeights, weights: Mapping[str, Sequence[Piece]]) -> None:
         """Nothing is read."""
 
+    def refuse(self, error: Exception) -> None:
+        """Have `finish` raise that a weight cannot be put together."""
+        self._error = self._error or error
+
     def finish(self) -> RecordFile:
-        """The file that holds the weights."""
+        """The file that holds the weights.
+
+        Raises:
+            Exception: what a weight was refused for.
+        """
+        if self._error is not None:
+            raise self._error
         return self._file
 
 
-def _fill(held: HeldWeights, records: torch.Tensor, run: Sequence[Matrix]) -> None:
+def _fill(held: HeldWeights, records: torch.Tensor, run: Sequence[Piece]) -> None:
     with closing(Reader()) as reader:
-        for stored, part, expert in run:
-            held.fill_part(records[expert], part, partial(reader.read, stored))
+        for piece in run:
+            piece.fill(held, records[piece.expert], reader)
 
 
 def file_layers(helds: Mapping[str, HeldWeights]) -> dict[str, LayerFacts]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from moebius.hf_plugin.checkpoints.conversions import IntoStore, of_experts
 from moebius.hf_plugin.checkpoints.files import check_index, check_tensors
 from moebius.hf_plugin.checkpoints.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.checkpoints.quantized import QuantizedCheckpoint
-from moebius.hf_plugin.checkpoints.reading import Matrix
+from moebius.hf_plugin.checkpoints.reading import Matrix, Piece
 from moebius.hf_plugin.discovery.gates import parent_of
 from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites, probe_ids, verify_once
 from moebius.hf_plugin.options import Options
@@ -40,7 +40,6 @@ from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import PatchedLayer
 from moebius.hf_plugin.running.runtime import default_threads
 from moebius.kernels.formats import FLOATS
-from moebius.kernels.packing import CodedMatrix
 
 METHOD = "moebius"
 
@@ -192,13 +191,19 @@ class MoebiusQuantizer(HfQuantizer):
             return held is not None
         path, weights = full_name.rpartition(".")[0], {}
         for name in held.placeholders:
-            keys = self._keys.pop(f"{path}.{name}", {})
-            if matrices := self._stored(held, name, keys):
-                weights[name] = matrices
-                self._being_read.add(f"{path}.{name}")
+            weight = f"{path}.{name}"
+            if weight not in self._being_read and (pieces := self._pieces(held, weight)):
+                weights[name] = pieces
+                self._being_read.add(weight)
         if weights:
             self._intake.read(held, weights)
         return full_name in self._being_read
+
+    def _pieces(self, held: HeldWeights, full_name: str) -> Sequence[Piece]:
+        """What files have of a weight; nothing where they do not have it plain, or coded."""
+        if self._checkpoint is not None:
+            return self._checkpoint.pieces(full_name)
+        return self._stored(held, full_name.rpartition(".")[2], self._keys.pop(full_name, {}))
 
     def _stored(self, held: HeldWeights, name: str, keys: Mapping[str, Sequence[str]]) -> list[Matrix]:
         """The matrices of all experts in a weight; none where the files do not have them as records do."""
@@ -217,25 +222,20 @@ class MoebiusQuantizer(HfQuantizer):
             for expert, tensor in enumerate(of_part)
         ]
 
-    def take_coded(
-        self, model: PreTrainedModel, full_name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]
-    ) -> None:
-        """Take one expert weight as coded matrices."""
-        held = self._held(model, full_name)
-        assert held is not None, full_name
-        self._intake.take_coded(held, full_name.rpartition(".")[2], matrices)  # type: ignore[union-attr]
-
     def refuse(self, full_name: str, error: Exception) -> None:
         """Have the load fail, since a weight cannot be put together."""
-        self._intake.refuse(full_name, error)  # type: ignore[union-attr]
+        files = self._checkpoint.files_of(full_name) if self._checkpoint is not None else []
+        where = ", ".join(files[:3]) or self._folder
+        self._intake.refuse(
+            ValueError(
+                f"{full_name} cannot be put together from the tensors in {where} ({error}): the checkpoint is "
+                "incomplete, damaged or belongs to another architecture; download or copy it again"
+            )
+        )
 
     def wants(self, model: PreTrainedModel, full_name: str) -> bool:
         """Whether a weight is one of experts."""
         return self._held(model, full_name) is not None
-
-    def has(self, model: PreTrainedModel, full_name: str) -> bool:
-        """Whether a weight is there already, so that it need not be put together."""
-        return not self._intake.wants and self._held(model, full_name) is not None
 
     def settle(self, model: PreTrainedModel, full_name: str, missing: set[str] | None) -> None:
         """Leave empty tensors where weights were, which accelerate may move about, and which are not missing."""
@@ -271,8 +271,9 @@ class MoebiusQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         mine: Any = model
+        file = self._intake.finish()
+        del self._intake  # which has this and the experts: no cycle
         if self._checkpoint is not None:
-            self._checkpoint.finish()
             mine._weight_conversions = self._checkpoint.for_saving(mine._weight_conversions)
             self._cast_renamed(model)
         else:
@@ -284,8 +285,6 @@ class MoebiusQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
-        file = self._intake.finish()
-        del self._intake  # which has this and the experts: no cycle
         self._check_complete(model)
         if self.quantization_config.into is not None:
             return

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,44 +24,19 @@ from transformers.core_model_loading import (
 )
 
 from moebius.hf_plugin.checkpoints.codes import Method, check, methods
-from moebius.hf_plugin.checkpoints.decoding import PLAIN, Decode
+from moebius.hf_plugin.checkpoints.conversions import Taker
+from moebius.hf_plugin.checkpoints.decoding import PLAIN, CodedPiece, Decode, QuantizedWeight
+from moebius.hf_plugin.checkpoints.reading import Stored, tensors_in
 from moebius.hf_plugin.discovery.adapters import ExpertParams
 from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.packing import CodedMatrix
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
-}  # fmt: skip
 _REMEDY = "download or copy it again"
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # How some FP8 releases call their scales (as in transformers' own quantizer)
 _FP8_RENAMES = ((r"^(.+)\.scale$", r"\1.weight_scale_inv"), (r"\.qscale_weight$", ".weight_scale_inv"))
-
-
-class Taker(Protocol):
-    """What takes experts' weights out of the loading; see `loading.MoebiusQuantizer`."""
-
-    def wants(self, model: PreTrainedModel, full_name: str) -> bool:
-        """Whether a weight is one of experts."""
-
-    def take(self, model: PreTrainedModel, full_name: str, tensor: torch.Tensor) -> None:
-        """Take a weight that is put together already."""
-
-    def take_coded(
-        self, model: PreTrainedModel, full_name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]]
-    ) -> None:
-        """Take a weight as each expert's coded matrices."""
-
-    def has(self, model: PreTrainedModel, full_name: str) -> bool:
-        """Whether a weight is there already."""
-
-    def settle(self, model: PreTrainedModel, full_name: str, missing: set[str] | None) -> None:
-        """A weight has been taken."""
 
 
 class QuantizedCheckpoint:
@@ -81,17 +54,10 @@ class QuantizedCheckpoint:
     def __init__(self, config: Mapping[str, Any], files: Iterable[str], taker: Taker) -> None:
         self.config, self.taker = config, weakref.proxy(taker)  # which holds this and the model's modules: no cycle
         self.methods = methods(config)
-        self.error: ValueError | None = None
-        self._places: dict[str, tuple[str, torch.Tensor]] = {}  # key -> file, a meta tensor of its form
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (no mapping)
-                    part = opened.get_slice(key)
-                    if (dtype := _DTYPES.get(part.get_dtype())) is not None:
-                        self._places[key] = file, torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        self._places = tensors_in(files)
         self._keys: dict[str, dict[str, list[str]]] = {}  # target -> pattern -> keys
-        self._apart: set[str] = set()  # weights that are handed over as coded matrices, whatever becomes of these
-        self.params: dict[nn.Module, ExpertParams] = {}
+        # Weights of experts that are read as coded matrices, whatever becomes of these
+        self._read: dict[str, tuple[Decode, ExpertParams]] = {}
         self._parameters: list[str] = []
         self._added: list[WeightRenaming] = []
         self.originals: dict[int, WeightConverter] = {}  # by id of the converter that stands for it
@@ -107,7 +73,6 @@ class QuantizedCheckpoint:
         Raises:
             ValueError: tensors are missing or do not belong together; the message names tensor and file.
         """
-        self.params = {site.owner: site.params for site in sites}
         self._parameters = [name for name, _ in model.named_parameters()]
         conversions = self.conversions(get_model_conversion_mapping(model), sites)
         self._find_keys(model, conversions)
@@ -120,7 +85,7 @@ class QuantizedCheckpoint:
             reasons = [reason for reason in found if isinstance(reason, str)]
             codings = {coding for codings in found if not isinstance(codings, str) for coding in codings}
             if not reasons and codings:
-                self._apart.update(names)
+                self._read |= {name: (self._operation(name, converters), site.params) for name in names}
                 reasons += [method.unkept for method in self.methods if method.unkept is not None]
             if len(codings) > 1:
                 reasons.append(f"their matrices differ ({', '.join(sorted(codings))})")
@@ -143,13 +108,12 @@ class QuantizedCheckpoint:
 
     def _codings(self, site: ExpertsSite, target: str, converters: dict[str, WeightConverter]) -> set[str] | str:
         """The formats of an expert weight's matrices, or why it is no weight of such ("" if it is not quantised)."""
-        found = self._keys.get(target, {})
-        operation = next((converters[p].operations[0] for p in found if p in converters), None)
-        if not isinstance(operation, Decode) or operation.method is None:
+        operation: Decode | None = self._operation(target, converters)
+        if operation is None or operation.method is None:
             return ""
-        method, patterns = operation.method, next(converters[p].source_patterns for p in found)
-        self._check_company(found)
-        sources = operation.grouped({pattern: found.get(pattern, []) for pattern in patterns}, patterns)
+        method = operation.method
+        self._check_company(self._keys[target])
+        sources = operation.keys_of(target)
         if not all(self._is_coded(method, keys) for weights in sources for keys in weights):
             return ""
         if not operation.packed and len(site.params.stacked(target.rpartition(".")[2])) != len(sources):
@@ -158,9 +122,9 @@ class QuantizedCheckpoint:
             return "the checkpoint has tensors of experts that compute nothing"
         matrices: dict[Any, CodedMatrix] = {}
         for keys in (keys for weights in sources for keys in weights):
-            tensors = {end: self._places[key][1] for end, key in keys.items()}
-            form = tuple((end, tensor.dtype, tensor.shape) for end, tensor in tensors.items())
+            form = tuple((end, self.stored(key).dtype, self.stored(key).shape) for end, key in keys.items())
             if form not in matrices:
+                tensors = {end: torch.empty(shape, dtype=dtype, device="meta") for end, dtype, shape in form}
                 matrices[form] = self.read(method, keys, tensors)
                 self._check_shape(site.params, target, operation.packed, keys, matrices[form])
         return {matrix.coding.name for matrix in matrices.values()}
@@ -171,21 +135,26 @@ class QuantizedCheckpoint:
         """Refuse a matrix that is none of the module's; gate and up have one shape."""
         inner, outer = params.intermediate, params.hidden
         if target.endswith("down_proj"):
-            wanted = (outer, inner)
+            wanted = [outer, inner]
         else:
-            wanted = (inner * len(params.rows(target.rpartition(".")[2])) if packed else inner, outer)
-        found = tuple(matrix.codes.shape[-2:])
+            wanted = [inner * len(params.rows(target.rpartition(".")[2])) if packed else inner, outer]
+        wanted = [params.num_experts, *wanted] if packed else wanted
+        found = [*matrix.codes.shape[:-1], matrix.columns]
         if found != wanted and "weight_shape" not in keys:  # which would say how much of them is padding
             key = next(iter(keys.values()))
             raise ValueError(
-                f"{key} in {self._places[key][0]} stands for weights of shape {found}, but the configuration asks for "
-                f"{wanted}: the checkpoint and its config.json do not belong together, or the file is damaged; "
+                f"{key} in {self._places[key].file} stands for weights of shape {found}, but the configuration asks "
+                f"for {wanted}: the checkpoint and its config.json do not belong together, or the file is damaged; "
                 + _REMEDY
             )
 
+    def _operation(self, target: str, converters: Mapping[str, WeightConverter]) -> Any:
+        """What makes a weight, or None."""
+        return next((converters[p].operations[0] for p in self._keys.get(target, {}) if p in converters), None)
+
     def _is_coded(self, method: Method, keys: Mapping[str, str]) -> bool:
         first = keys.get(method.names[0])
-        return first is not None and self._places[first][1].dtype not in PLAIN
+        return first is not None and self.stored(first).dtype not in PLAIN
 
     def _check_company(self, found: Mapping[str, list[str]]) -> None:
         """Tensors belong together by their place among those of the same kind, so none may be missing."""
@@ -196,35 +165,17 @@ class QuantizedCheckpoint:
                 lacking = next(owner for owner in owners[longest] if owner not in names)
                 beside = found[longest][owners[longest].index(lacking)]
                 raise ValueError(
-                    f"the checkpoint has {beside} in {self._places[beside][0]}, but no tensor for {pattern!r} beside "
+                    f"the checkpoint has {beside} in {self.stored(beside).file}, but no tensor for {pattern!r} beside "
                     f"it, as others have: it is incomplete or damaged; {_REMEDY}"
                 )
 
     # ---- reading
 
-    def refuse(self, name: str, error: Exception) -> None:
-        """Have `finish` raise that a weight cannot be put together."""
-        keys = [key for found in self._keys.get(name, {}).values() for key in found]
-        files = sorted({self._places[key][0] for key in keys if key in self._places})
-        self.error = self.error or ValueError(
-            f"{name} cannot be put together from the tensors in {', '.join(files[:3])} ({error}): the checkpoint is "
-            f"incomplete, damaged or belongs to another architecture; {_REMEDY}"
-        )
-
-    def finish(self) -> None:
-        """All weights have been read.
-
-        Raises:
-            ValueError: one of them could not be, of which transformers would tell neither file nor remedy.
-        """
-        if self.error is not None:
-            raise self.error
-
     def read(self, method: Method, keys: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> CodedMatrix:
         """The matrix that some tensors stand for, by the ends of their names; `keys` are their whole names."""
         end = method.names[0] if method.names[0] in keys else next(iter(keys), "")
         key = keys.get(end, "a weight")
-        where = f"{key} in {self._places[key][0]}" if key in self._places else key
+        where = f"{key} in {self._places[key].file}" if key in self._places else key
         tensors = {end: self._as_stored(keys.get(end, ""), tensor) for end, tensor in tensors.items()}
         try:
             matrix = method.read(tensors)
@@ -241,17 +192,31 @@ class QuantizedCheckpoint:
 
     def _as_stored(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """transformers 5.17 loads e4m3 in the model's dtype where its name is the model's; back again loses nothing."""
-        stored = self._places[key][1].dtype if key in self._places else tensor.dtype
+        stored = self._places[key].dtype if key in self._places else tensor.dtype
         return tensor.to(stored) if stored in _FLOAT8 else tensor
 
-    def keys_of(self, target: str, patterns: Sequence[str]) -> dict[str, list[str]]:
+    def keys_of(self, target: str) -> dict[str, list[str]]:
         """The tensors' names of a weight, by pattern."""
-        found = self._keys.get(target, {})
-        return {pattern: found.get(pattern, []) for pattern in patterns}
+        return self._keys.get(target, {})
 
-    def is_apart(self, full_name: str) -> bool:
-        """Whether an expert weight is handed over as coded matrices, which many threads take at once."""
-        return full_name in self._apart
+    def stored(self, key: str) -> Stored:
+        """Where a tensor is."""
+        return self._places[key]
+
+    def is_read(self, full_name: str) -> bool:
+        """Whether a weight of experts is read as coded matrices."""
+        return full_name in self._read
+
+    def pieces(self, full_name: str) -> list[CodedPiece]:
+        """What files have of a weight of experts; nothing where it is not coded."""
+        if full_name not in self._read:
+            return []
+        operation, params = self._read[full_name]
+        return operation.pieces(full_name, params)
+
+    def files_of(self, full_name: str) -> list[str]:
+        """The files that have a weight."""
+        return sorted({self.stored(key).file for keys in self._keys.get(full_name, {}).values() for key in keys})
 
     # ---- transformers' conversions
 
@@ -296,7 +261,8 @@ class QuantizedCheckpoint:
         packed: bool = False,
     ) -> WeightConverter:
         operation = Decode(self, original, method, packed)
-        result = WeightConverter(sources, targets, [operation])
+        result = QuantizedWeight(sources, targets, [operation])
+        operation.patterns = result.source_patterns
         for name in ("scope_prefix", "base_model_prefix"):
             if hasattr(original, name):
                 setattr(result, name, getattr(original, name))

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import FileIO
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from moebius.kernels.packing import CodedMatrix
+
 RUN = 64 << 20  # bytes that one thread reads in order: enough for the kernel to read ahead of it
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
+}  # fmt: skip
 _REMEDY = "leave the files alone while they are loaded, and load again, or download or copy the checkpoint again"
 
 
@@ -73,10 +81,41 @@ class Reader:
                 raise ValueError(f"{stored.file} ends before its tensors do: {_REMEDY}")
             rest = rest[count:]
 
+    def load(self, stored: Stored) -> torch.Tensor:
+        """A tensor, in host memory; raises what `read` raises."""
+        tensor = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+        self.read(stored, tensor)
+        return tensor
+
     def close(self) -> None:
         """Close the file that was read last."""
         if self._file is not None:
             self._file.close()
+
+
+class Record(Protocol):
+    """An expert's record as far as files have it as it is; `HeldWeights`."""
+
+    def fill_part(self, record: torch.Tensor, part: str, read: Callable[[torch.Tensor], None]) -> None:
+        """Fill a matrix through what fills a tensor."""
+
+    def fill_coded(self, record: torch.Tensor, matrices: Mapping[str, CodedMatrix]) -> None:
+        """Fill matrices from what stands for them in a quantised checkpoint."""
+
+
+class Piece(Protocol):
+    """What files have of an expert."""
+
+    @property
+    def expert(self) -> int:
+        """Its number."""
+
+    @property
+    def tensors(self) -> Sequence[Stored]:
+        """All that is read."""
+
+    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
+        """Read it into the expert's record."""
 
 
 class Matrix(NamedTuple):
@@ -86,13 +125,20 @@ class Matrix(NamedTuple):
     part: str
     expert: int
 
+    @property
+    def tensors(self) -> Sequence[Stored]:
+        return [self.stored]
 
-def runs(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
-    """All matrices in the order of their files, in runs of about `RUN` bytes."""
-    run, nbytes = list[Matrix](), 0
-    for matrix in sorted(matrices, key=lambda matrix: (matrix.stored.file, matrix.stored.offset)):
-        run.append(matrix)
-        nbytes += matrix.stored.nbytes
+    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
+        held.fill_part(record, self.part, partial(reader.read, self.stored))
+
+
+def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """All pieces in the order of their files, in runs of about `RUN` bytes."""
+    run, nbytes = list[Piece](), 0
+    for piece in sorted(pieces, key=lambda piece: (piece.tensors[0].file, piece.tensors[0].offset)):
+        run.append(piece)
+        nbytes += sum(tensor.nbytes for tensor in piece.tensors)
         if nbytes >= RUN:
             yield run
             run, nbytes = [], 0
@@ -101,11 +147,11 @@ def runs(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
 
 
 class Shards:
-    """The floating-point tensors of a checkpoint's files, by name, from headers that safetensors has checked."""
+    """The tensors of a checkpoint's files, by name, from headers that safetensors has checked."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._seen = {file: _identity(file) for file in files}
-        self.tensors = {name: tensor for file in files for name, tensor in _tensors(file).items()}
+        self.tensors = tensors_in(files)
 
     def check(self) -> None:
         """Compare the files with what they were.
@@ -121,6 +167,15 @@ class Shards:
 def _identity(file: str) -> tuple[int, ...]:
     facts = os.stat(file)
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def tensors_in(files: Iterable[str]) -> dict[str, Stored]:
+    """All tensors of some files, by name.
+
+    Raises:
+        ValueError: a file is no safetensors file; the message names it.
+    """
+    return {name: tensor for file in files for name, tensor in _tensors(file).items()}
 
 
 def _tensors(file: str) -> dict[str, Stored]:

@@ -19,8 +19,6 @@ from moebius.kernels.packing import CodedMatrix, pack
 
 _HOST = torch.device("cpu")
 
-ForEach = Callable[[Callable[[int], None], int], None]
-
 
 class HeldWeights:
     """Takes the weights of one experts module; modules with tied experts share one of these.
@@ -107,11 +105,9 @@ class HeldWeights:
             read(weight)
             pack(self.layout, record, {part: weight})
 
-    def fill_coded(self, name: str, matrices: Callable[[int], Mapping[str, CodedMatrix]], each: ForEach) -> None:
-        """Copy one of the module's weights into the store from each expert's coded matrices."""
-        records = self.store.records
-        each(lambda number: pack(self.layout, records[number], matrices(number)), self.num_experts)
-        self.absent.discard(name)
+    def fill_coded(self, record: torch.Tensor, matrices: Mapping[str, CodedMatrix]) -> None:
+        """Fill some matrices of an expert's record from coded ones; from any thread."""
+        pack(self.layout, record, matrices)
 
     def release(self) -> None:
         """Free the module's own tensors."""

@@ -15,7 +15,7 @@ import torch
 from moebius.kernels.experts import ExpertSpec, Part, RecordLayout
 from moebius.kernels.numba import coded, portable, quantized, words, work
 from moebius.kernels.numba.bfloats import multiplies_pairs
-from moebius.kernels.numba.decoding import BF16_SCALE, E8M0_SCALE, FP16_SCALE, FP32_SCALE
+from moebius.kernels.numba.decoding import SCALE_KINDS
 from moebius.kernels.numba.groups import vector_bytes
 from moebius.kernels.numba.jit import Entry
 from moebius.kernels.numba.jobs import BAD_EXPERT, BAD_OFFSETS, BAD_TOKEN, fill, find_range_error
@@ -26,7 +26,6 @@ from moebius.kernels.routes import Routes
 _FLOAT_WORK = {"fp32": work.work_fp32, "bf16": work.work_bf16, "fp16": work.work_fp16}
 _ROUNDING_WORK = {"int8": work.work_rounding_int8, "int4": work.work_rounding_int4}  # by code
 _CODED_WORK = {"int8": work.work_int8, "int4": work.work_int4, "e4m3": work.work_e4m3, "e2m1": work.work_e2m1}
-_SCALE_KIND = {"fp32": FP32_SCALE, "bf16": BF16_SCALE, "fp16": FP16_SCALE, "e8m0": E8M0_SCALE}
 _X_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BF16 = _X_KIND[torch.bfloat16]
 _PARTS = {
@@ -145,7 +144,7 @@ def _layer_words(spec: ExpertSpec, layout: RecordLayout, addresses: np.ndarray) 
         result[_PARTS[name]] = addresses.ctypes.data + words.WORD * (_PARTS[name] - words.GATE)
     if (coding := layout.coding) is not None:
         result[[words.SCALE_KIND, words.SCALE_ROWS, words.SCALE_COLUMNS]] = (
-            _SCALE_KIND[coding.scale], coding.rows, coding.columns,
+            SCALE_KINDS[coding.scale], coding.rows, coding.columns,
         )  # fmt: skip
     return result
 

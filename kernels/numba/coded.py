@@ -50,11 +50,11 @@ def unpack_codes(panel, here, rows, n, begin, end, element, vector):  # type: ig
     _, scales, points, start, scale_rows, width, kind = here
     for row in range(PANEL_ROWS):
         source, target = here[0] + pitch * min(row, rows - 1), panel + PITCH * row
-        index = _scale_index(start + min(row, rows - 1), scale_rows, width, n)
+        index = scale_index(start + min(row, rows - 1), scale_rows, width, n)
         for k in range(begin, end, GROUP):
             block = index + k // width
             scale = splat(scale_at(scales, block, kind) * unit_of(element))
-            u, v = _numbers(source + (k // GROUP) * group_bytes(element), _zero_at(points, block), element)
+            u, v = numbers_of(source + (k // GROUP) * group_bytes(element), zero_at(points, block), element)
             keep_group(target, mul(u, scale), mul(v, scale), vector)
             target += GROUP * size_of(vector)
     return panel, PITCH
@@ -114,7 +114,7 @@ def _width(layer, n):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _scale_index(row, rows, width, n):  # type: ignore[no-untyped-def]
+def scale_index(row, rows, width, n):  # type: ignore[no-untyped-def]
     """Index of a row's first scale, where `rows` share one (0: all)."""
     return (row // rows) * ((n + width - 1) // width) if rows else 0
 
@@ -127,7 +127,7 @@ def multiply(layer, here, then, rows, n, x, pairs, target, element):  # type: ig
     leap = (_AHEAD + pitch - 1) // pitch  # rows
     for row in range(rows):
         ahead = here[0] + (row + leap) * pitch if row + leap < rows else then[0] + (row + leap - rows) * pitch
-        scales = (here[1], here[2], _scale_index(here[3] + row, here[4], width, n), here[6], width)
+        scales = (here[1], here[2], scale_index(here[3] + row, here[4], width, n), here[6], width)
         codes, place = here[0] + row * pitch, target + 4 * row
         if pairs == 1:
             if _is_coarse(layer):
@@ -141,7 +141,7 @@ def multiply(layer, here, then, rows, n, x, pairs, target, element):  # type: ig
 
 
 @inner
-def _numbers(codes, zero, element):  # type: ignore[no-untyped-def]
+def numbers_of(codes, zero, element):  # type: ignore[no-untyped-def]
     """A group's 32 numbers, less its zero point."""
     first, second = decode(codes, element)
     if has_zero_point(element):
@@ -150,7 +150,7 @@ def _numbers(codes, zero, element):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _zero_at(zero_points, index):  # type: ignore[no-untyped-def]
+def zero_at(zero_points, index):  # type: ignore[no-untyped-def]
     return np.float32(peek(zero_points + index, np.uint8(0))) if zero_points else _EIGHT
 
 
@@ -175,18 +175,18 @@ def _coarse1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-de
     a, b, width, whole = zeros(), zeros(), scales[4], n - n % (2 * GROUP)
     size = group_bytes(element)
     for block in range((n + width - 1) // width):
-        zero = _zero_at(scales[1], scales[2] + block)
+        zero = zero_at(scales[1], scales[2] + block)
         p0, p1, p2, p3 = zeros(), zeros(), zeros(), zeros()
         for k in range(block * width, min(block * width + width, whole), 2 * GROUP):
             w, y = codes + (k // GROUP) * size, x + 4 * k
             prefetch(ahead + (k // GROUP) * size)
-            u, v = _numbers(w, zero, element)
+            u, v = numbers_of(w, zero, element)
             p0, p1 = fma(u, load(y, _F32), p0), fma(v, load(y + _LINE, _F32), p1)
-            u, v = _numbers(w + size, zero, element)
+            u, v = numbers_of(w + size, zero, element)
             p2, p3 = fma(u, load(y + 2 * _LINE, _F32), p2), fma(v, load(y + 3 * _LINE, _F32), p3)
         if block * width + width >= n:
             for k in range(whole, n, GROUP):
-                u, v = _numbers(codes + (k // GROUP) * size, zero, element)
+                u, v = numbers_of(codes + (k // GROUP) * size, zero, element)
                 y0, y1 = _inputs(x, k, n) if k + GROUP > n else (load(x + 4 * k, _F32), load(x + 4 * k + _LINE, _F32))
                 p0, p1 = fma(u, y0, p0), fma(v, y1, p1)
         scale = _scale(scales, block, element)
@@ -215,7 +215,7 @@ def _fine1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-def]
         d = _fine_step(w + 3 * size, y + 6 * _LINE, scales, block, d, element)
         block, left = _next_block(block, left, per_block)
     for k in range(whole, n, GROUP):
-        u, v = _numbers(codes + (k // GROUP) * size, _zero_at(scales[1], scales[2] + block), element)
+        u, v = numbers_of(codes + (k // GROUP) * size, zero_at(scales[1], scales[2] + block), element)
         y0, y1 = _inputs(x, k, n)
         a = fma(fma(v, y1, mul(u, y0)), _scale(scales, block, element), a)
         block, left = _next_block(block, left, per_block)
@@ -225,7 +225,7 @@ def _fine1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-def]
 @inner
 def _fine_step(w, y, scales, block, sums, element):  # type: ignore[no-untyped-def]
     """One group, with the scale of its block."""
-    u, v = _numbers(w, _zero_at(scales[1], scales[2] + block), element)
+    u, v = numbers_of(w, zero_at(scales[1], scales[2] + block), element)
     return fma(fma(v, load(y + _LINE, _F32), mul(u, load(y, _F32))), _scale(scales, block, element), sums)
 
 
@@ -241,11 +241,11 @@ def _dot4(codes, scales, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-
     a0, a1, a2, a3 = zeros(), zeros(), zeros(), zeros()
     size, width = group_bytes(element), scales[4]
     for block in range((n + width - 1) // width):
-        zero, stop = _zero_at(scales[1], scales[2] + block), min(block * width + width, n)
+        zero, stop = zero_at(scales[1], scales[2] + block), min(block * width + width, n)
         p0, p1, p2, p3 = zeros(), zeros(), zeros(), zeros()
         for k in range(block * width, stop - stop % GROUP, GROUP):
             prefetch(ahead + (k // GROUP) * size)
-            u, v = _numbers(codes + (k // GROUP) * size, zero, element)
+            u, v = numbers_of(codes + (k // GROUP) * size, zero, element)
             y0, y1, y2, y3 = x0 + 4 * k, x1 + 4 * k, x2 + 4 * k, x3 + 4 * k
             p0, p1 = fma(u, load(y0, _F32), p0), fma(u, load(y1, _F32), p1)
             p2, p3 = fma(u, load(y2, _F32), p2), fma(u, load(y3, _F32), p3)
@@ -253,7 +253,7 @@ def _dot4(codes, scales, x0, x1, x2, x3, n, ahead, element):  # type: ignore[no-
             p2, p3 = fma(v, load(y2 + _LINE, _F32), p2), fma(v, load(y3 + _LINE, _F32), p3)
         if stop % GROUP:
             k = stop - stop % GROUP
-            u, v = _numbers(codes + (k // GROUP) * size, zero, element)
+            u, v = numbers_of(codes + (k // GROUP) * size, zero, element)
             (y0, z0), (y1, z1) = _inputs(x0, k, n), _inputs(x1, k, n)
             (y2, z2), (y3, z3) = _inputs(x2, k, n), _inputs(x3, k, n)
             p0, p1, p2, p3 = fma(u, y0, p0), fma(u, y1, p1), fma(u, y2, p2), fma(u, y3, p3)

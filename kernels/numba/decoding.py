@@ -23,6 +23,7 @@ from moebius.kernels.numba.simd import LANES, f32x16
 
 INT8_CODE, INT4_CODE, E4M3_CODE, E2M1_CODE = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 FP32_SCALE, BF16_SCALE, FP16_SCALE, E8M0_SCALE = 0, 1, 2, 3  # kinds of scales
+SCALE_KINDS = {"fp32": FP32_SCALE, "bf16": BF16_SCALE, "fp16": FP16_SCALE, "e8m0": E8M0_SCALE}
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _SHORTS, _INTS, _FLOATS = ir.VectorType(_I16, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)

@@ -1,8 +1,6 @@
-"""Weights to codes and scales: `moebius.kernels.packing.quantize` for rows in host memory, on any number of threads."""
+"""Weights to codes and scales: `moebius.kernels.packing.quantize` for rows in host memory."""
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -36,7 +34,6 @@ from moebius.kernels.numba.simd import (
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _F32, _ONE, _ZERO = np.float32(0), np.float32(1), np.float32(0)
 _STAGE = 4 * GROUP
-_ROWS = 16  # of a task for one thread
 _REFINEMENTS = 2
 
 
@@ -132,7 +129,7 @@ def quantize_rows(source, kind, rows, columns, codes, scales, bits, starts):  # 
 def quantize_into(
     matrix: torch.Tensor, bits: int, starts: list[float], codes: torch.Tensor, scales: torch.Tensor
 ) -> None:
-    """Quantise a matrix on ``torch.get_num_threads()`` threads.
+    """Quantise a matrix, on the calling thread, without Python's lock.
 
     Args:
         matrix: fp32, bf16 or fp16 [n, m], contiguous, in host memory.
@@ -142,20 +139,5 @@ def quantize_into(
         scales: fp16 [n, g], contiguous, in host memory; written.
     """
     rows, columns = matrix.shape
-    divisors, threads = np.array(starts, np.float32), max(1, min(torch.get_num_threads(), -(-rows // _ROWS)))
-
-    def quantize_from(row: int) -> None:
-        place = (
-            tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size() for tensor in (matrix, codes, scales)
-        )
-        source, code, scale = place
-        count = min(_ROWS, rows - row)
-        quantize_rows(source, _KINDS[matrix.dtype], count, columns, code, scale, bits, divisors)
-
-    if threads == 1:
-        quantize_rows(matrix.data_ptr(), _KINDS[matrix.dtype], rows, columns, codes.data_ptr(), scales.data_ptr(), bits,
-                      divisors)  # fmt: skip
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(quantize_from, range(0, rows, _ROWS)):
-            pass
+    divisors, kind = np.array(starts, np.float32), _KINDS[matrix.dtype]
+    quantize_rows(matrix.data_ptr(), kind, rows, columns, codes.data_ptr(), scales.data_ptr(), bits, divisors)

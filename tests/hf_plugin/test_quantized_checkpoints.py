@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,21 @@ def test_bad_tensors_are_named_with_their_file(change: Callable[[Tensors], None]
     write("qwen3_moe", tmp_path, "fp8", change)
     with pytest.raises(ValueError, match=rf"{re.escape(EXPERT)}.*model\.safetensors"):
         moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_a_load_that_fails_leaves_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: raised before the intake is closed, whose threads and half a file then wait for the collector."""
+
+    def damage(tensors: Tensors) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight_scale_inv"][0, 0] = float("nan")
+
+    monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path / "cache"))
+    write("qwen3_moe", tmp_path / "model", "fp8", damage)
+    with pytest.raises(ValueError, match=r"q_proj.*model\.safetensors.*again") as held:
+        moebius.from_pretrained(str(tmp_path / "model"), device="cpu", cpu_memory=0.5)
+    assert held.tb is not None, "which holds all that the load held"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moebius-")]
+    assert not [*(tmp_path / "cache").rglob("*.partial")]
 
 
 def test_bad_scales_of_mxfp4_are_named(tmp_path: Path) -> None:
