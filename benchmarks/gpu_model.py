@@ -22,6 +22,7 @@ from moebius.hf_plugin.running.timeline import LAYERS, Slice, write_trace
 from moebius.hf_plugin.tools.generation import generate_greedily
 from moebius.hf_plugin.tools.overlap import Overlap, traced
 from moebius.kernels import packing
+from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment, CostModel
 
 if TYPE_CHECKING:
@@ -112,11 +113,9 @@ def random_routing(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.full(ids.shape, 1 / k, np.float32)
 
 
-def _fetch_all(_costs: CostModel, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
+def _fetch_all(_costs: CostModel, routes: Routes, slots: np.ndarray) -> Assignment:
     """Stands for `CostModel.assign`: every miss is fetched, none is computed on the CPU."""
-    tokens, there = np.diff(offsets).astype(np.int64), slots >= 0
-    hits = int(np.count_nonzero(there))
-    return Assignment(np.ones(len(slots), bool), tokens, hits, len(slots) - hits, int(tokens[there].sum()))
+    return Assignment.where(np.ones(len(slots), bool), routes, slots)
 
 
 def measure_model(report: Report, format: str, trace: str | None, dry: bool) -> None:

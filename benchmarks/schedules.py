@@ -21,6 +21,7 @@ import numpy as np
 from moebius.gpu_cache.policy import Reason, make_policy
 from moebius.gpu_cache.slots import SlotTable
 from moebius.hf_plugin.tools.trace_file import read_trace
+from moebius.kernels.routes import Routes
 from moebius.predictors.costs import KNOTS, CostModel, ExpertCost
 
 EXCERPT = Path(__file__).parents[1] / "tests" / "data" / "traces" / "gpt_oss_20b_excerpt.npz"
@@ -68,9 +69,11 @@ class Layer(NamedTuple):
     resident: np.ndarray
 
     @property
-    def routed(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same as offsets and slots."""
-        return np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int32), self.resident.astype(np.int32) - 1
+    def routed(self) -> tuple[Routes, np.ndarray]:
+        """The same as routes and slots."""
+        experts, pairs = np.arange(len(self.tokens), dtype=np.int32), np.zeros(self.tokens.sum(), np.int32)
+        offsets = np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int32)
+        return Routes(experts, offsets, pairs, pairs.astype(np.float32)), self.resident.astype(np.int32) - 1
 
 
 def hybrimoe(costs: CostModel, layer: Layer) -> np.ndarray:

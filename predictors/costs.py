@@ -19,6 +19,7 @@ from moebius.kernels.numba.split import (
     finish,
     observe,
 )
+from moebius.kernels.routes import Routes, select
 
 TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
 KNOTS = np.array([1.0, 4.0, 16.0, 64.0, 256.0])  # numbers of tokens at which curves are known
@@ -91,10 +92,23 @@ class Assignment(NamedTuple):
     """Where a layer's A active experts are to be computed."""
 
     on_device: np.ndarray  # bool [A]
+    there: np.ndarray  # whether each expert is in a slot, wherever it is computed, bool [A]
     tokens: np.ndarray  # of each expert, int64 [A]
-    residents: int  # experts of the device's part that are there
-    fetches: int  # that have to be brought there
-    hits: int  # token-expert pairs of experts that are there, wherever they are computed
+    fetches: np.ndarray  # indices of the device's experts that have to be brought there, heaviest first, int64 [n]
+    residents: int  # the device's others
+    absent: int  # experts that are in no slot
+    hits: int  # token-expert pairs of those that are
+    on_cpu: Routes  # the CPU's part
+
+    @classmethod
+    def where(cls, on_device: np.ndarray, routes: Routes, slots: np.ndarray) -> Assignment:
+        """The one that has these experts (bool [A]) on the device, with `slots` as for `CostModel.assign`."""
+        there, tokens = slots >= 0, _counts(routes.counts)
+        fetches = np.flatnonzero(on_device & ~there)
+        heaviest_first = fetches[np.argsort(-tokens[fetches], kind="stable")]
+        residents, absent = int((on_device & there).sum()), int((~there).sum())
+        hits, on_cpu = int(tokens[there].sum()), select(routes, ~on_device)
+        return cls(on_device, there, tokens, heaviest_first, residents, absent, hits, on_cpu)
 
 
 @dataclass(slots=True)
@@ -116,7 +130,7 @@ class CostModel:
     upload_error: Error = field(default_factory=Error)
     _rates: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.empty(RATES))
 
-    def assign(self, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
+    def assign(self, routes: Routes, slots: np.ndarray) -> Assignment:
         """Which experts the device should compute, so that the later of both processors is done first.
 
         The rest is the CPU's, residents too where the device has too many. Absent ones are fetched, the heaviest first,
@@ -124,10 +138,12 @@ class CostModel:
         at high hit rates they never do. See `moebius.kernels.numba.split`.
 
         Args:
-            offsets: of `Routes`, int32 [A + 1].
+            routes: of A experts.
             slots: of each active expert, int32 [A]; -1 for those that are not on the device.
         """
-        return Assignment(*assign(offsets, slots, KNOTS, self.cpu.curve, self.gpu.curve, self._current()))
+        found = assign(*routes, slots, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
+        on_device, there, tokens, fetches, residents, absent, hits, *on_cpu = found
+        return Assignment(on_device, there, tokens, fetches, residents, absent, hits, Routes(*on_cpu))
 
     def finish(self, tokens: np.ndarray, resident: np.ndarray, on_device: np.ndarray) -> float:
         """Microseconds of a layer whose experts run where `on_device` (bool [A]) says."""

@@ -122,7 +122,7 @@ def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> tor
     out = zeros(step.host_x, step.x.device)
     question = step.question  # there is one where experts are in a file, from which this step's are read first
     foresee = _nothing if question is None else partial(_foresee, runtime, question, layer.index, step.ids)
-    _on_cpu(runtime, layer, step, np.ones(len(step.routes.experts), bool), out, foresee)
+    _on_cpu(runtime, layer, step.host_x, step.routes, out, foresee)
     return send(out, step.x.device).to(step.x.dtype)
 
 
@@ -139,21 +139,21 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
     cache = tier.cache.layer(index)
     try:
         slots = cache.lookup(routes.experts)
-        wanted = tier.costs.assign(routes.offsets, slots)
+        wanted = tier.costs.assign(routes, slots)
         counters.hits += wanted.hits
         counters.misses += len(routes.tokens) - wanted.hits
         share = DeviceShare(cache, step.x.to(tier.device), routes, slots, wanted)
         if runtime.lookahead is not None:
-            runtime.lookahead.missed(len(slots) - share.residents)
+            runtime.lookahead.missed(wanted.absent)
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
-        cache.used(routes.experts, share.there)  # while the device computes
+        cache.used(routes.experts, wanted.there)  # while the device computes
         out = _on_cpu_meanwhile(runtime, tier, layer, step, share, wanted)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish()
-    if share.residents < len(slots):
-        cache.admit(routes.experts[~(share.there | share.fetched)])
+    if wanted.absent:
+        cache.admit(routes.experts[~(wanted.there | share.fetched)])
     tier.observe_copies()
     return merged
 
@@ -165,32 +165,29 @@ def _on_cpu_meanwhile(
 
     Where fetched experts wait for their turn, the device is looked after between parts of the work.
     """
-    experts = len(wanted.tokens)
-    if share.launched and not share.waiting and wanted.residents + wanted.fetches == experts:
+    mine, took = wanted.on_cpu, 0.0
+    if share.launched and not share.waiting and not len(mine.experts):
         return None  # and nothing to send back
-    mine, took = ~wanted.on_device, 0.0
     buffers = tier.cache.buffers
     out = zeros(step.host_x, tier.device) if buffers is None else buffers.zeros(*step.host_x.shape)
-    for part in _parts(tier, wanted.tokens, mine) if share.waiting else [mine]:
-        took += _on_cpu(runtime, layer, step, part, out)
+    tokens = wanted.tokens[~wanted.on_device]
+    for part in _parts(tier, mine, tokens) if share.waiting else [mine]:
+        took += _on_cpu(runtime, layer, step.host_x, part, out)
         share.advance()
     if len(left := share.finish()):
-        part = np.zeros(experts, bool)
-        part[left] = mine[left] = True
-        took += _on_cpu(runtime, layer, step, part, out)
+        part = select(step.routes, np.isin(np.arange(len(wanted.tokens)), left))
+        tokens = np.concatenate([tokens, wanted.tokens[left]])
+        took += _on_cpu(runtime, layer, step.host_x, part, out)
     if took:
-        tier.observe_cpu(wanted.tokens[mine], took * 1e6, int(np.count_nonzero(share.fetched)))
+        tier.observe_cpu(tokens, took * 1e6, int(np.count_nonzero(share.fetched)))
     return out
 
 
-def _parts(tier: Tier, pairs: np.ndarray, mine: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut `mine` (bool [A]) where the CPU has computed for about as long as an upload takes."""
-    indices = np.flatnonzero(mine)
-    ends = np.cumsum(tier.costs.cpu.of(pairs[indices])) // max(tier.costs.upload_us, 1.0)
+def _parts(tier: Tier, routes: Routes, tokens: np.ndarray) -> Iterator[Routes]:
+    """Cut routes with so many `tokens` of each expert where the CPU has computed for as long as an upload takes."""
+    ends = np.cumsum(tier.costs.cpu.of(tokens)) // max(tier.costs.upload_us, 1.0)
     for number in np.unique(ends):
-        part = np.zeros(len(mine), bool)
-        part[indices[ends == number]] = True
-        yield part
+        yield select(routes, ends == number)
 
 
 def _nothing() -> None:
@@ -200,19 +197,17 @@ def _nothing() -> None:
 def _on_cpu(
     runtime: ModelRuntime,
     layer: PatchedLayer,
-    step: Step,
-    mine: np.ndarray,
+    x: torch.Tensor,
+    routes: Routes,
     out: torch.Tensor,
     meanwhile: Callable[[], None] = _nothing,
 ) -> float:
-    """Add the experts of `mine` (bool [A]) to `out`; the seconds that took, and `meanwhile` with it."""
-    count = np.count_nonzero(mine)
-    if not count:
+    """Add the experts of `routes` to `out`; the seconds that took, and `meanwhile` with it."""
+    if not len(routes.experts):
         meanwhile()
         return 0.0
-    routes = step.routes if count == len(mine) else select(step.routes, mine)
     begun = perf_counter()
-    runtime.on_cpu(layer, step.host_x, routes, out, meanwhile)
+    runtime.on_cpu(layer, x, routes, out, meanwhile)
     took = perf_counter() - begun
     runtime.counters[layer.index].cpu_ms += took * 1e3
     if runtime.timeline is not None:

@@ -111,7 +111,8 @@ class PatchedLayer:
                 f"an adapter was put on the expert weights of {self.name!r} after patching, where it has no effect; "
                 "unpatch the model, merge the adapter into the weights (merge_and_unload), then patch again"
             )
-        args = (*args, *(kwargs[name] for name in self._arguments[len(args) :]))
+        if kwargs:
+            args = (*args, *(kwargs[name] for name in self._arguments[len(args) :]))
         if self._convention is Convention.SCALED_ROWS:
             return self._run(args[0], *self._routes_of_rows(args[0]))
         hidden, ids, weights = args

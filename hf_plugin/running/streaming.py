@@ -18,7 +18,7 @@ from moebius.predictors.costs import Assignment
 # does not wait for the host.
 CHUNK_BYTES = 32 << 20
 WINDOW = 3
-_NOTHING, _ABSENT = np.empty(0, np.int64), np.int32(-1)
+_ABSENT = np.int32(-1)
 
 
 class Launched(NamedTuple):
@@ -44,7 +44,7 @@ class DeviceShare:
         cache: of the layer.
         x: [T, H] on the device.
         slots: of each of the routes' experts, int32 [A], -1 for absent ones; pinned.
-        wanted: the experts that the device should compute.
+        wanted: what the device should compute.
     """
 
     def __init__(
@@ -53,21 +53,16 @@ class DeviceShare:
         self._cache, self._x, self._routes = cache, x, routes
         self.launched: list[Launched] = []
         self._tokens = wanted.tokens
-        self._waiting: np.ndarray = _NOTHING  # indices of experts that are still to be fetched, heaviest first
+        self._waiting = wanted.fetches  # those that are still to be fetched
         self._under_way: deque[np.ndarray] = deque()  # slots of each chunk
         self._chunk = max(1, CHUNK_BYTES // cache.record_bytes)
         self._window = WINDOW
-        self._residents: np.ndarray = _NOTHING  # pinned until they, too, are needed as a window
-        self.there = slots >= 0
-        self.residents = int(np.count_nonzero(self.there))
+        self._residents: np.ndarray = slots  # pinned until they, too, are needed as a window
         self.fetched = np.zeros(len(slots), bool)
-        if wanted.residents:
-            # those that the CPU takes over are left out
-            self._launch(slots if wanted.residents == self.residents else np.where(wanted.on_device, slots, _ABSENT))
-        if wanted.fetches:
-            absent, self._residents = np.flatnonzero(wanted.on_device & ~self.there), slots[self.there]
-            self._waiting = absent[np.argsort(-self._tokens[absent], kind="stable")]
-            self.advance()
+        if wanted.residents:  # those that the CPU takes over are left out
+            all_of_them = wanted.residents + wanted.absent == len(slots)
+            self._launch(slots if all_of_them else np.where(wanted.on_device, slots, _ABSENT))
+        self.advance()
 
     @property
     def waiting(self) -> bool:
@@ -78,25 +73,25 @@ class DeviceShare:
         """Begin as many chunks as the window takes; where `wait` is set, wait for its oldest chunk first if need be."""
         while self.waiting and self._make_room(wait):
             wait = False
-            chunk = self._waiting[: self._chunk]
-            slots = self._cache.fetch(self._routes.experts[chunk])
+            chunk, rest = self._waiting[: self._chunk], self._waiting[self._chunk :]
+            where = np.full(len(self.fetched), _ABSENT)
+            where[chunk] = slots = self._cache.fetch(self._routes.experts[chunk])
             got = slots >= 0
             if not got.any():
                 self._shrink()
                 continue
-            self._waiting = np.concatenate([chunk[~got], self._waiting[self._chunk :]])
-            self.fetched[chunk[got]] = True
+            self._waiting = rest if got.all() else np.concatenate([chunk[~got], rest])
+            self.fetched |= where >= 0
             self._under_way.append(slots[got])
-            where = np.full(len(self.fetched), _ABSENT)
-            where[chunk] = slots
             self._launch(where)
 
     def _shrink(self) -> None:
         """There are no more slots than those under way; without any, the residents', which are launched, must do."""
         self._window = len(self._under_way)
-        if not self._window and len(self._residents):
-            self._cache.release(self._residents)
-            self._residents, self._window = self._residents[:0], 1
+        residents = self._residents[self._residents >= 0]
+        if not self._window and len(residents):
+            self._cache.release(residents)
+            self._residents, self._window = residents[:0], 1
 
     def finish(self) -> np.ndarray:
         """Begin all that still waits; indices of the experts that no slot could be had for."""

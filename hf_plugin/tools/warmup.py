@@ -105,6 +105,7 @@ def _use_policy() -> None:
     table.any_there(0, experts)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
-    costs.assign(np.array([0, 1], np.int32), np.zeros(1, np.int32))
+    routes = build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), 1)
+    costs.assign(routes, np.zeros(1, np.int32))
     costs.cpu.of(tokens)
     costs.observe_cpu(tokens, 1.0, 0.0)

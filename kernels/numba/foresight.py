@@ -47,6 +47,7 @@ HINTED, HOLDING, OFFERS, RECORD, CALIBRATION = 10, 12, 13, 14, 15
 
 _RATE, _SLOW_RATE = np.float32(0.2), np.float32(0.05)  # step sizes of weights, and of biases
 _AVERAGING = np.float32(1 - 0.5 ** (1 / 16))  # half-life of 16 tokens
+_TEACHING = 4  # tokens of a step that are learned from, of those that come together: each takes 2 us for 128 experts
 _FORGETTING = 1 / 64  # of the recent record, per expert offered
 _FARTHEST = np.float32(6)  # margins beyond say no more
 _ONE = np.float32(1)
@@ -212,10 +213,10 @@ def remember(state, layer, ids):  # type: ignore[no-untyped-def]
 
 @helper
 def absorb(state, layer, ids):  # type: ignore[no-untyped-def]
-    """`judge` and `learn` from the tokens `ids` (int32 [T, k]) of a step of `layer`, then `remember` them."""
+    """`judge` the tokens `ids` (int32 [T, k]) of a step of `layer`, `learn` from some, then `remember` them."""
     if len(ids) <= state[0][ROWS]:
         judge(state, layer, ids)
-        for row in range(len(ids)):
+        for row in range(min(len(ids), _TEACHING)):
             learn(state, layer, row, ids[row])
     remember(state, layer, ids)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.numba.jit import entry
+from moebius.kernels.numba.jit import entry, helper
 
 
 @entry("Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))(int64[:,::1], float32[:,::1], int64)")
@@ -51,6 +51,12 @@ def sort_by_expert(ids, weights, num_experts):  # type: ignore[no-untyped-def]
     "(int32[::1], int32[::1], int32[::1], float32[::1], boolean[::1])"
 )
 def keep_experts(experts, offsets, tokens, weights, mask):  # type: ignore[no-untyped-def]
+    """`part`, for Python."""
+    return part(experts, offsets, tokens, weights, mask)
+
+
+@helper
+def part(experts, offsets, tokens, weights, mask):  # type: ignore[no-untyped-def]
     """The part of routes whose experts have a true entry in `mask`."""
     active, pairs = 0, 0
     for i in range(len(experts)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from moebius.kernels.numba.jit import entry, helper
+from moebius.kernels.numba.routing import part
 
 # rates float64: microseconds to copy one expert; factor by which the CPU is slower meanwhile; microseconds that each
 # processor's part takes beside its experts, if there is one.
@@ -132,34 +133,44 @@ def _before(i, j, resident, tokens):  # type: ignore[no-untyped-def]
 
 
 @entry(
-    "Tuple((boolean[::1], int64[::1], int64, int64, int64))"
-    "(int32[::1], int32[::1], float64[::1], float64[::1], float64[::1], float64[::1])"
+    "Tuple((boolean[::1], boolean[::1], int64[::1], int64[::1], int64, int64, int64, "
+    "int32[::1], int32[::1], int32[::1], float32[::1]))"
+    "(int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], float64[::1], float64[::1], float64[::1], "
+    "float64[::1])"
 )
-def assign(offsets, slots, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+def assign(experts, offsets, tokens, weights, slots, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
     """Which of a layer's experts the device should compute.
 
     Args:
-        offsets: of `Routes`, [A + 1].
+        experts, offsets, tokens, weights: of `Routes`.
         slots: of each active expert, [A]; negative for those that are not on the device.
 
     Returns:
-        The experts that the device should compute, bool [A]; the tokens of each expert, [A]; how many of the device's
-        are there, and how many have to be fetched; pairs of experts that are there, wherever they are computed.
+        The experts that the device should compute, and those that are there, bool [A]; the tokens of each, [A]; those
+        that the device has to fetch, the heaviest first, [n]; how many of its others there are; how many experts are
+        absent; pairs of experts that are there, wherever they are computed; the routes of the CPU's part.
     """
-    tokens, resident = np.empty(len(slots), np.int64), np.empty(len(slots), np.bool_)
-    there, fetched, pairs = 0, 0, 0
+    counts, there = np.empty(len(slots), np.int64), np.empty(len(slots), np.bool_)
+    absent, pairs = 0, 0
     for i in range(len(slots)):
-        tokens[i], resident[i] = offsets[i + 1] - offsets[i], slots[i] >= 0
-        pairs += tokens[i] if resident[i] else 0
-    on_device = _split(tokens, resident, knots, cpu_curve, gpu_curve, rates)
-    for i in range(len(slots)):
-        there += on_device[i] and resident[i]
-        fetched += on_device[i] and not resident[i]
-    return on_device, tokens, there, fetched, pairs
+        counts[i], there[i] = offsets[i + 1] - offsets[i], slots[i] >= 0
+        absent += not there[i]
+        pairs += counts[i] if there[i] else 0
+    cpu, gpu, order = _prepare(counts, there, knots, cpu_curve, gpu_curve)
+    on_device = _split(counts, there, cpu, gpu, order, rates)
+    fetches, fetched, residents = np.empty(absent, np.int64), 0, 0
+    for i in order:
+        if on_device[i] and there[i]:
+            residents += 1
+        elif on_device[i]:
+            fetches[fetched] = i
+            fetched += 1
+    on_cpu = part(experts, offsets, tokens, weights, ~on_device)
+    return on_device, there, counts, fetches[:fetched], residents, absent, pairs, *on_cpu
 
 
 @helper
-def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignore[no-untyped-def]
+def _split(tokens, resident, cpu, gpu, order, rates):  # type: ignore[no-untyped-def]
     """The experts that the device should compute, bool [A].
 
     The best of all splits at a threshold (so many residents and so many misses on the device, the heaviest of them, or
@@ -167,7 +178,6 @@ def _split(tokens, resident, knots, cpu_curve, gpu_curve, rates):  # type: ignor
     then branch and bound from there, which proves it nearly the best or stops at a limit. With one token for each
     expert nothing but numbers count, and the first step is exact.
     """
-    cpu, gpu, order = _prepare(tokens, resident, knots, cpu_curve, gpu_curve)
     on_device = _threshold(order, resident, cpu, gpu, rates)
     if len(order) == 0 or tokens.max() == tokens.min():
         return on_device

@@ -9,14 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moebius
-from moebius.predictors.costs import Assignment
 from tests import zoo
 
 TRAINED = Path(__file__).parents[1] / "data" / "tiny_moe"
@@ -113,9 +111,3 @@ def _facts(model: nn.Module) -> list[Any]:
 def experts_modules(model: nn.Module) -> list[nn.Module]:
     """The modules called `experts`, in order."""
     return [module for name, module in model.named_modules() if name.endswith(".experts")]
-
-
-def assignment(offsets: np.ndarray, slots: np.ndarray, wanted: np.ndarray) -> Assignment:
-    """As `CostModel.assign` returns it, where the device is to compute `wanted` (bool [A])."""
-    tokens, hit = np.diff(offsets).astype(np.int64), slots >= 0
-    return Assignment(wanted, tokens, int((wanted & hit).sum()), int((wanted & ~hit).sum()), int(tokens[hit].sum()))

@@ -15,6 +15,7 @@ from moebius.gpu_cache.cache import ExpertCache
 from moebius.gpu_cache.layer_cache import LayerCache
 from moebius.hf_plugin.running import calibration
 from moebius.hf_plugin.running.dispatcher import Ran, Tier
+from moebius.kernels.routes import build_routes
 from moebius.predictors.costs import CostModel, ExpertCost
 from tests import zoo
 from tests.gpu_cache.fake_device import FakeDevice
@@ -49,12 +50,13 @@ def test_the_upload_cost_follows_a_link_whose_speed_changes():
 
 
 def test_a_slower_link_changes_the_split():
-    routed = np.arange(6, dtype=np.int32), np.array([0, -1, -1, -1, -1], np.int32)
+    routes = build_routes(np.arange(5)[None], np.ones((1, 5), np.float32), 5)
+    routed = routes, np.array([0, -1, -1, -1, -1], np.int32)
     tier, device = make_tier(10.0)
-    assert tier.costs.assign(*routed).fetches
+    assert len(tier.costs.assign(*routed).fetches)
     for _ in range(60):
         upload(tier, device, 1000.0)
-    assert not tier.costs.assign(*routed).fetches
+    assert not len(tier.costs.assign(*routed).fetches)
 
 
 @pytest.mark.parametrize(("real_link", "factor"), [(True, 2.0), (False, 1.0)])

@@ -15,7 +15,7 @@ from moebius.gpu_cache.accelerator import AcceleratorDevice
 from moebius.gpu_cache.driver import Driver
 from moebius.hf_plugin.running import runtime
 from moebius.hf_plugin.running.runtime import ModelRuntime
-from moebius.predictors.costs import CostModel
+from moebius.predictors.costs import Assignment, CostModel
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import assert_close, greedy, logits, patched, prompt
 
@@ -74,7 +74,7 @@ def test_the_processors_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -
     want = greedy(model, ids[:1])
     with patched(model, device="cuda", gpu_memory=0.5):
         monkeypatch.setattr(
-            CostModel, "assign", lambda self, offsets, slots: helpers.assignment(offsets, slots, slots >= 0)
+            CostModel, "assign", lambda self, routes, slots: Assignment.where(slots >= 0, routes, slots)
         )
         assert greedy(model, ids[:1]) == want
         monkeypatch.setattr(AcceleratorDevice, "compute", slow)

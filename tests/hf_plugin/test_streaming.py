@@ -15,7 +15,7 @@ from moebius.gpu_cache.executor import run_reference
 from moebius.hf_plugin.running import streaming
 from moebius.hf_plugin.running.streaming import DeviceShare
 from moebius.kernels.routes import Routes, build_routes, select
-from moebius.predictors.costs import CostModel
+from moebius.predictors.costs import Assignment, CostModel
 from tests import zoo
 from tests.gpu_cache.fake_device import FakeDevice
 from tests.gpu_cache.layers import HIDDEN, make_layers, some
@@ -41,7 +41,7 @@ def make_step(tokens: int, seed: int = 0) -> tuple[torch.Tensor, Routes]:
 def start(cache: ExpertCache, x: torch.Tensor, routes: Routes, wanted: np.ndarray | None = None) -> DeviceShare:
     slots = cache.layer(0).lookup(routes.experts)
     chosen = np.ones(len(slots), bool) if wanted is None else wanted
-    return DeviceShare(cache.layer(0), x, routes, slots, helpers.assignment(routes.offsets, slots, chosen))
+    return DeviceShare(cache.layer(0), x, routes, slots, Assignment.where(chosen, routes, slots))
 
 
 def expected(x: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -185,7 +185,7 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
 def test_any_split_gives_stock_text(split, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that are left out or counted twice where both processors wait for each other."""
-    monkeypatch.setattr(CostModel, "assign", lambda _, offsets, slots: helpers.assignment(offsets, slots, split(slots)))
+    monkeypatch.setattr(CostModel, "assign", lambda _, routes, slots: Assignment.where(split(slots), routes, slots))
     model = zoo.build("qwen3_moe")
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 1)
     ids = helpers.prompt(model, 3, 20)

@@ -27,6 +27,7 @@ from moebius.hf_plugin.running.timeline import (
     write_trace,
 )
 from moebius.hf_plugin.tools.overlap import busy, measure, without_experts
+from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment, CostModel
 from tests import zoo
 from tests.hf_plugin import helpers
@@ -76,12 +77,12 @@ def test_all_three_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None
         assert one.end <= whole.end
 
 
-def _one_of_each(_costs: CostModel, offsets: np.ndarray, slots: np.ndarray) -> Assignment:
+def _one_of_each(_costs: CostModel, routes: Routes, slots: np.ndarray) -> Assignment:
     """Residents on the device, the first half of the absent ones fetched, the others on the CPU."""
     on_device = slots >= 0
     absent = np.flatnonzero(~on_device)
     on_device[absent[: len(absent) // 2]] = True
-    return helpers.assignment(offsets, slots, on_device)
+    return Assignment.where(on_device, routes, slots)
 
 
 def test_a_layer_is_recorded_with_its_facts_and_only_while_asked() -> None:

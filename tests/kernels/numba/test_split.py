@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.kernels.numba.split import assign, costs, finish, observe
+from moebius.kernels.routes import Routes, select
 
 KNOTS = np.array([1.0, 8.0, 64.0, 512.0])
 
@@ -55,10 +56,16 @@ def curve(rng: np.random.Generator, scale: float) -> np.ndarray:
 def split(tokens, resident, *costs):
     """The device's experts, by `assign`, whose other answers must agree with them."""
     offsets, slots = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32), resident.astype(np.int32) - 1
-    on_device, counted, there, fetched, hits = assign(offsets, slots, *costs)
+    pairs = np.arange(tokens.sum(), dtype=np.int32)
+    routes = Routes(np.arange(len(tokens), dtype=np.int32), offsets, pairs, pairs.astype(np.float32))
+    on_device, there, counted, fetches, residents, absent, hits, *on_cpu = assign(*routes, slots, *costs)
     assert (counted == tokens).all()
-    assert (there, fetched) == ((on_device & resident).sum(), (on_device & ~resident).sum())
+    assert (there == resident).all()
+    assert sorted(fetches) == np.flatnonzero(on_device & ~resident).tolist()
+    assert (np.diff(tokens[fetches]) <= 0).all(), "the heaviest first"
+    assert (residents, absent) == ((on_device & resident).sum(), (~resident).sum())
     assert hits == tokens[resident].sum()
+    assert all((mine == part).all() for mine, part in zip(on_cpu, select(routes, ~on_device), strict=True))
     return on_device
 
 
