@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RunPython
+from tests.kernels.triton.test_kernels import run_interpreted
 
 pytest.importorskip("triton")
 
@@ -52,3 +53,9 @@ def test_interpreted_kernels_give_stock_text(name: str, run_python: RunPython) -
     assert found["hits"] > 0
     assert max(found["errors"]) <= 1e-5
     assert found["same"]
+
+
+@pytest.mark.slow
+def test_a_model_on_an_accelerator_whose_kernels_are_interpreted() -> None:
+    """See `interpreted_accelerator.py`."""
+    run_interpreted(Path(__file__).with_name("interpreted_accelerator.py"))
