@@ -39,8 +39,8 @@ def run(row: str, folder: Path, cpu_memory: str, new_tokens: int) -> dict[str, A
     if row == "stock":
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
     else:
-        bound: Any = 1.0 if row == "whole" else cpu_memory
-        model = moebius.from_pretrained(str(folder), device="cpu", cpu_memory=bound)
+        options: Any = {"cpu_memory": cpu_memory} if row != "whole" else {"cpu_memory": 1.0, "expert_format": "fp32"}
+        model = moebius.from_pretrained(str(folder), device="cpu", **options)
     loaded = time.perf_counter() - begun
     ids, exactly = torch.arange(16)[None], {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(ids, max_new_tokens=1, **exactly)

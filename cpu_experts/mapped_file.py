@@ -38,15 +38,17 @@ class MappedFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self.bytes: torch.Tensor = torch.frombuffer(pages, dtype=torch.uint8)
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether size and time are those at opening; a mapping shows other bytes, or ends the process, after that."""
-        return self._state() == self._opened
-
     def check_unchanged(self) -> None:
-        """Raise ValueError where the file was written to, or cut short, where it lies."""
-        if not self.unchanged:
-            raise ValueError(f"{self.path} was changed while it was in use: load the model again")
+        """Compare size and time with those at opening; a mapping shows other bytes, or ends the process, after that.
+
+        Raises:
+            ValueError: the file was written to, or cut short, where it lies. One that replaces it does no harm.
+        """
+        if self._state() != self._opened:
+            raise ValueError(
+                f"{self.path} was changed while it was in use, and what it held is gone: load the model again, or "
+                "convert its checkpoint again"
+            )
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """A view of a tensor that begins at any byte."""

@@ -110,7 +110,7 @@ def unpatch(model: Model) -> Model:
     """Give `model` its experts back, byte for byte, and return all memory and threads that Moebius used.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or a file that has its experts was changed; then nothing is touched.
         RuntimeError: a device failed, as after an illegal memory access; the experts are back all the same.
     """
     layers = _patched_layers(model)
@@ -121,6 +121,8 @@ def unpatch(model: Model) -> Model:
             f"the experts of {lossy[0]!r} were loaded straight into a format that does not hold their original values; "
             "load the checkpoint again for the unpatched model"
         )
+    for layer in layers:
+        layer.store.check_unchanged()
     try:
         _give_back(model, layers)
     except RuntimeError as error:

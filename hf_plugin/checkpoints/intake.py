@@ -1,4 +1,4 @@
-"""Where the experts of a model that is being loaded go: into memory, into a file, or nowhere, since a file has them."""
+"""Where the experts of a model that is being loaded go: into memory, into a file, or nowhere, since files have them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Intake:
     """
 
     wants = True  # whether weights are taken, one by one
+    reads_ahead = True  # whether the kernel is asked for the files ahead of what is taken
     lead = 2 << 30  # bytes of modules that are being read before one of them is waited for: their memory is final
 
     def __init__(
@@ -55,7 +56,7 @@ class Intake:
         self._reading: deque[tuple[HeldWeights, list[str], list[Future[None]]]] = deque()
         self._begun, self._nbytes = 0, sum(held.facts().nbytes for held in helds.values())
         self._bar = self._undo.enter_context(_progress(self._nbytes))
-        self._ahead = self._undo.enter_context(closing(ReadAhead(files)))
+        self._ahead = self._undo.enter_context(closing(ReadAhead(files if self.reads_ahead else ())))
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -87,12 +88,15 @@ class Intake:
             for name in weights:
                 self._check_absent(held, name)
             pieces = [piece for of_weight in weights.values() for piece in of_weight]
-            records = held.store.records  # allocated here, and not by several threads
-            futures = [self._pool.submit(_fill, held, records, run) for run in runs(pieces)]
-            self._reading.append((held, list(weights), futures))
+            self._reading.append((held, list(weights), self._reads(held, pieces)))
             self._await(self.lead)
 
         self._unless_failed(begin)
+
+    def _reads(self, held: HeldWeights, pieces: Sequence[Piece]) -> list[Future[None]]:
+        """Begin to bring pieces to where they belong."""
+        records = held.store.records  # allocated here, and not by several threads
+        return [self._pool.submit(_fill, held, records, run) for run in runs(pieces)]
 
     def refuse(self, error: Exception) -> None:
         """Have `finish` raise that a weight cannot be put together."""
@@ -242,7 +246,7 @@ def file_layers(helds: Mapping[str, HeldWeights]) -> dict[str, LayerFacts]:
 def adopt(file: RecordFile, helds: Mapping[str, HeldWeights]) -> RecordFile:
     """Let all weights be those in the mapped file."""
     for name, held in helds.items():
-        held.adopt(file.records(name), file.extras(name))
+        held.adopt(file.records(name), file.extras(name), file.mapped)
     return file
 
 

@@ -3,8 +3,9 @@
 transformers finds out which tensors make which weight, and hands weights to a quantizer one at a time. Ours puts
 those of experts into the `ExpertStore` of their layer and returns nothing, so that they never become parameters: the
 peak is the stores plus one packed tensor. Matrices that a file has as the records have them, single or packed, are read
-by threads of our own (`conversions.ExpertWeight`); those transposed, interleaved or of another dtype come through
-transformers. Everything else loads as usual. No trace of a quantizer remains on the model.
+by threads of our own (`conversions.ExpertWeight`), or used in the mapped file (`in_place`); those transposed,
+interleaved or of another dtype come through transformers. Everything else loads as usual. No trace of a quantizer
+remains on the model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moebius.cpu_experts.record_file import RecordFile
 from moebius.hf_plugin.checkpoints.codes import methods
 from moebius.hf_plugin.checkpoints.conversions import IntoStore, of_experts
 from moebius.hf_plugin.checkpoints.files import check_index, check_tensors
+from moebius.hf_plugin.checkpoints.in_place import into_memory
 from moebius.hf_plugin.checkpoints.intake import FromFile, Intake, IntoFile, file_layers
 from moebius.hf_plugin.checkpoints.quantized import QuantizedCheckpoint
 from moebius.hf_plugin.checkpoints.reading import Matrix, Piece
@@ -152,6 +154,8 @@ class MoebiusQuantizer(HfQuantizer):
         if config.into is not None:
             return IntoFile(helds, threads, files, self._verify_complete, config.into, {})
         if budget is None:
+            if self._checkpoint is None:
+                return into_memory(config.options, helds, threads, files, self._verify_complete)
             return Intake(helds, threads, files, self._verify_complete)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
@@ -349,6 +353,11 @@ def _format(site: ExpertsSite, options: Options, name: str, file: RecordFile | N
 
 def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model straight into the patched state, with the peak of its stores and one packed tensor.
+
+    On the CPU, experts in bf16, fp16 or fp32 are used in the checkpoint's mapped files where the file system has large
+    pages, and else copied; `stats(model).notes` says which, and why. Do not write to files in use: replacing them, as
+    `save_pretrained` and downloads do, is safe; after a change in place the model raises, and a file that is cut short
+    may end the process (SIGBUS).
 
     Args:
         name_or_path: as in transformers: a folder or the name of a repository.

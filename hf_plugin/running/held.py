@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from moebius.cpu_experts.mapped_file import MappedFile
 from moebius.cpu_experts.record_file import LayerFacts
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.discovery.sites import ExpertsSite
@@ -54,6 +55,7 @@ class HeldWeights:
         )
         self._store: ExpertStore | None = None
         self._adopted = False  # whether the records are in a file
+        self.note = ""  # what a reader of the statistics should know of where they are
         for name, tensor in loaded.items():
             self.fill(name, tensor)
 
@@ -69,11 +71,15 @@ class HeldWeights:
             self._store = ExpertStore.empty(self.spec, self.layout, self.num_experts)
         return self._store
 
-    def adopt(self, records: torch.Tensor, surplus: dict[str, torch.Tensor]) -> None:
-        """Have all weights in records (uint8 [E, nbytes]) that exist already."""
-        self._store, self._adopted = ExpertStore(self.spec, self.layout, self.num_experts, records), True
-        self.surplus = surplus
+    def adopt(self, records: torch.Tensor, surplus: dict[str, torch.Tensor], file: MappedFile) -> None:
+        """Have all weights in records (uint8 [E, nbytes]) of a file."""
+        self._store = ExpertStore(self.spec, self.layout, self.num_experts, records, (file,))
+        self._adopted, self.surplus = True, surplus
         self.absent.clear()
+
+    def use(self, parts: Mapping[str, Sequence[torch.Tensor]], files: Iterable[MappedFile]) -> None:
+        """Have all weights where they are: in each expert's tensors, by the names of `ExpertWeights`, in files."""
+        self._store = ExpertStore(self.spec, self.layout, self.num_experts, parts, tuple(files))
 
     def drop(self) -> None:
         """Free the memory of the records, which are elsewhere."""
@@ -138,6 +144,7 @@ class HeldWeights:
         return self._unpack(dict.fromkeys(self._devices, _HOST), only)
 
     def _unpack(self, devices: dict[str, torch.device], only: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
+        self.store.check_unchanged()
         result = {
             name: torch.empty(placeholder.shape, dtype=self.dtype, device=devices[name])
             if only is None
@@ -175,7 +182,7 @@ class HeldWeights:
         if self._kept is not None:
             self._kept, format = weights, self.layout.format
         self.layout, self.dtype = RecordLayout.of(self.spec, format), dtype
-        self._store = None
+        self._store, self.note = None, ""
         for name, tensor in weights.items():
             self.fill(name, tensor)
         self.placeholders = {n: _placeholder(p.shape, dtype, p) for n, p in self.placeholders.items()}

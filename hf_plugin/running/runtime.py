@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
@@ -218,8 +219,7 @@ class ModelRuntime:
                 return self._run(layer, x, ids, weights)
 
     def _run(self, layer: PatchedLayer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.file is not None:
-            self.file.check_unchanged()
+        layer.store.check_unchanged()
         if self._stale:
             self.open()
         return run_layer(self, layer, x.detach() if x.requires_grad else x, ids, weights)
@@ -345,6 +345,8 @@ class ModelRuntime:
             for device in (tier.cache.device for tier in distinct(self.tiers))
             if device.refusal
         ]
+        places = Counter(layer.held.note for layer in layers if layer.held.note)
+        notes += [f"experts of {count} modules {note}" for note, count in places.items()]
         if self.lookahead is not None:
             notes += self.lookahead.notes()
         if self.lookahead is not None and PREDICTORS[self.options.predictor].gate:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moebius
-from moebius.hf_plugin.checkpoints import reading
+from moebius.hf_plugin.checkpoints import in_place, reading
 from moebius.hf_plugin.checkpoints.intake import Intake
 from moebius.hf_plugin.checkpoints.reading import Matrix, Reader, Shards, Stored, runs
 from tests import zoo
@@ -90,19 +90,24 @@ def _longer(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [_rewritten, _replaced, _longer, Path.unlink])
 @pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])
-def test_files_that_change_during_a_load(name: str, change: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reader", "method"), [(Reader, "read"), (in_place.InPlace, "_reads")])
+def test_files_that_change_during_a_load(
+    reader: type, method: str, name: str, change: Callable[[Path], None], tmp_path: Path
+) -> None:
     """Catches a model whose weights are of two checkpoints: the change comes with the first read."""
     zoo.build(name).save_pretrained(tmp_path)
-    path, read, lock, changed = tmp_path / "model.safetensors", Reader.read, threading.Lock(), []
+    path, read, lock, changed = tmp_path / "model.safetensors", getattr(reader, method), threading.Lock(), []
 
-    def once(reader: Reader, stored: Stored, into: torch.Tensor) -> None:
-        read(reader, stored, into)
+    def once(*arguments: Any) -> Any:
+        result = read(*arguments)
         with lock:
             if not changed:
                 changed.append(change(path))
+        return result
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Reader, "read", once)
+        patched.setattr(reader, method, once)
+        patched.setattr(in_place, "slow_to_map", lambda files: "copied" if reader is Reader else None)
         with pytest.raises((ValueError, OSError), match=r"model\.safetensors"):
             moebius.from_pretrained(str(tmp_path), device="cpu")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("moebius-load")]
