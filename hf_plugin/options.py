@@ -12,6 +12,7 @@ from moebius.kernels.formats import FORMATS
 
 DEVICES = '"auto", "cpu", "cuda", "cuda:<n>", another accelerator of torch, or "emulated"'
 MEMORY_FORMS = 'bytes as an int, a string such as "8GiB" or "25%", a fraction in (0, 1] as a float, or "auto"'
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,12 @@ class Options:
         if self.expert_format not in ("native", *FORMATS):
             allowed = ", ".join(["native", *FORMATS])
             raise ValueError(f"expert_format={self.expert_format!r} is unknown; use one of {allowed}")
-        if self.cpu_threads is not None and not (_is_number(self.cpu_threads, int) and self.cpu_threads >= 1):
-            raise ValueError(f"cpu_threads={self.cpu_threads!r} must be at least 1, or None for the physical cores")
+        threads = self.cpu_threads
+        if threads is not None and not (_is_number(threads, int) and 1 <= threads <= _MOST_THREADS):
+            raise ValueError(
+                f"cpu_threads={threads!r} must be at least 1 and at most {_MOST_THREADS}, or None for the number of "
+                "physical cores"
+            )
         if self.emulated_link is not None and not (_is_number(self.emulated_link) and self.emulated_link > 0):
             raise ValueError(f"emulated_link={self.emulated_link!r} must be a positive number of GB/s, or None")
         if self.profile is not None and not isinstance(self.profile, str):

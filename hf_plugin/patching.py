@@ -136,7 +136,7 @@ def unpatch(model: Model) -> Model:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any experts of `model` run through Moebius."""
-    return any(ATTRIBUTE in module.__dict__ for module in model.modules())
+    return bool(_patched_layers(model))
 
 
 def resize(model: Model, *, gpu_memory: int | float | str) -> Model:
@@ -166,6 +166,11 @@ def runtimes(model: nn.Module) -> list[ModelRuntime]:
 
 
 def _patched_layers(model: nn.Module) -> list[PatchedLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a {type(model).__name__} is no model: give the torch module itself (of a pipeline its .model), or load "
+            "one with moebius.from_pretrained"
+        )
     return [layer for module in model.modules() if (layer := module.__dict__.get(ATTRIBUTE)) is not None]
 
 

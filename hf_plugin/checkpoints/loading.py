@@ -371,13 +371,24 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: the model has no experts that can be taken over, is quantised in a way that is not supported, lacks
             weights, or an option has a bad value.
     """
+    if "quantization_config" in kwargs:
+        raise ValueError(
+            "moebius.from_pretrained takes no quantization_config: what a checkpoint is quantised with is in its "
+            "config.json, and expert_format= has experts converted; leave it out"
+        )
     options = {name: kwargs.pop(name) for name in Options.__slots__ if name in kwargs}
     return load(name_or_path, MoebiusConfig(**options), **kwargs)
 
 
 def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, with the options in a `MoebiusConfig`."""
-    check_index(Path(name_or_path) / kwargs.get("subfolder", ""))
+    folder = Path(name_or_path) / kwargs.get("subfolder", "")
+    check_index(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has an adapter and no model: load the model that the adapter is for, then "
+            f"model.load_adapter({str(folder)!r})"
+        )
     forwarded = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder")
     config = kwargs.get("config") or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in forwarded if name in kwargs}

@@ -19,6 +19,8 @@ from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import CodedMatrix, pack
 
 _HOST = torch.device("cpu")
+# What a parameter holds must never come from inference mode, out of which torch refuses to use it
+_WITH_GRADIENTS = torch.inference_mode(mode=False)
 
 
 class HeldWeights:
@@ -30,6 +32,7 @@ class HeldWeights:
         keep: keep the original tensors, so that they come back however lossy `format` is.
     """
 
+    @_WITH_GRADIENTS
     def __init__(self, site: ExpertsSite, format: str, keep: bool) -> None:
         tensors = site.tensors()
         loaded = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "meta"}
@@ -120,6 +123,7 @@ class HeldWeights:
         for parameter in self.parameters.values():
             parameter.data = torch.empty(0, dtype=self.dtype, device=parameter.device)
 
+    @_WITH_GRADIENTS
     def restore(self) -> None:
         """Give the module's own parameters their values back, where they were.
 
@@ -160,6 +164,7 @@ class HeldWeights:
             result[name][-len(rows) :] = rows
         return result
 
+    @_WITH_GRADIENTS
     def convert(self, dtype: torch.dtype, name: str) -> None:
         """Follow the module `name` to another dtype, into a new store.
 

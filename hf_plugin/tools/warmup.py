@@ -54,6 +54,7 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
                 routes = build_routes(ids, np.ones((tokens, 1), np.float32), _EXPERTS)
                 x = torch.zeros(tokens, _SIZE, dtype=FLOATS.get(format, torch.float32))
                 executor.run(store, x, routes, torch.zeros(tokens, _SIZE))
+            store.weights(0)  # as experts are checked, and given back
             yield Compiled(format, perf_counter() - begun)
         progress("cache", len(formats) / steps)
         begun = perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +55,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"keep_original": None}, ValueError, r"keep_original=None must be True or False"),
     ({"emulated_link": "fast"}, ValueError, r"emulated_link='fast' must be a positive"),
     ({"cpu_threads": 0}, ValueError, r"cpu_threads=0 must be at least 1"),
+    ({"cpu_threads": 10**6}, ValueError, r"cpu_threads=1000000 must be .* at most 1024"),
     ({"cpu_threads": True}, ValueError, r"cpu_threads=True must be at least 1"),
     ({"emulated_link": 0}, ValueError, r"emulated_link=0 must be a positive"),
     ({"emulated_link": -2.0}, ValueError, r"emulated_link=-2\.0 must be a positive"),
@@ -135,6 +136,13 @@ def test_a_patched_model(options: dict[str, Any]) -> None:
             moebius.patch(model, **options)
         assert_close(logits(model, ids), want)
     helpers.assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("use", [moebius.patch, moebius.unpatch, moebius.is_patched, moebius.stats])
+def test_what_is_no_model(use: Callable[[Any], Any]) -> None:
+    """Catches an AttributeError from somewhere inside for a pipeline, or the name of a model."""
+    with pytest.raises(TypeError, match=r"a str is no model: give the torch module.*from_pretrained"):
+        use("Qwen/Qwen3-30B-A3B")
 
 
 def test_what_needs_a_patched_model() -> None:

@@ -1,0 +1,108 @@
+"""What users hand to `from_pretrained` beside the name: as with stock, or an error that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+import moebius
+from tests import zoo
+
+EMULATED = {"device": "emulated", "gpu_memory": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, the same in shards of a variant below, and an adapter."""
+    path = tmp_path_factory.mktemp("model")
+    stock = zoo.build("qwen3_moe")
+    stock.save_pretrained(path)
+    stock.save_pretrained(path / "below", variant="other", max_shard_size="100KB")
+    (path / "adapter").mkdir()
+    (path / "adapter" / "adapter_config.json").write_text("{}")
+    return path
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(**zoo.inputs(model)).logits
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "dtype by name": {"dtype": "bfloat16"},
+    "old name of dtype": {"torch_dtype": torch.bfloat16},
+    "dtype of the file": {"torch_dtype": "auto"},
+    "shards of a variant, below": {"subfolder": "below", "variant": "other"},
+    "revision": {"revision": "main"},
+    "every module": {
+        "device_map": dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "lm_head"), "cpu")
+    },
+    "a device": {"device_map": torch.device("cpu")},
+    "balanced": {"device_map": "balanced", "max_memory": {"cpu": "1GiB"}},
+    "what was an option": {"low_cpu_mem_usage": True},
+    "attention": {"attn_implementation": "eager"},
+}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_of_stock(arguments: dict[str, Any], folder: Path) -> None:
+    """Bug: an argument that is dropped on the way, or looked up in another folder."""
+    model = moebius.from_pretrained(str(folder), **EMULATED, **arguments)
+    stock = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    assert model.dtype == stock.dtype
+    expected = logits(stock)
+    bound = 1e-5 if stock.dtype == torch.float32 else 0.02
+    assert (logits(model) - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_a_configuration_that_was_changed(folder: Path) -> None:
+    """Bug: the checkpoint's own is used."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts_per_tok = 1
+    model = moebius.from_pretrained(str(folder), config=config, **EMULATED)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, config=config))
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two ways to quantise": (
+        {"quantization_config": BitsAndBytesConfig()},
+        r"takes no quantization_config.*leave it out",
+    ),
+    "both ways to load": (
+        {"quantization_config": moebius.MoebiusConfig()},
+        r"takes no quantization_config.*leave it out",
+    ),
+    "too little memory": ({"device_map": "auto", "max_memory": {"cpu": "1KiB"}}, r"device_map puts modules on disk"),
+    "an adapter": ({"subfolder": "adapter"}, r"has an adapter and no model.*load_adapter"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be(arguments: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        moebius.from_pretrained(str(folder), **EMULATED, **arguments)
+
+
+def test_loaded_in_inference_mode(folder: Path) -> None:
+    """Bug: unpatching leaves tensors that only inference mode may use."""
+    with torch.inference_mode():
+        model = moebius.from_pretrained(str(folder), **EMULATED)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    moebius.unpatch(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_patched_and_unpatched_in_inference_mode() -> None:
+    """Bug: the model cannot be trained afterwards."""
+    model = zoo.build("qwen3_moe")
+    with torch.inference_mode():
+        moebius.unpatch(moebius.patch(model, **EMULATED))
+    inputs = zoo.inputs(model)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "experts" in name)
