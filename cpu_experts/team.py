@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from moebius.kernels.numba import crew as kernels
+
 Parallel = Callable[[int, int, int, int], None]
 _forked = False
 
@@ -28,8 +30,11 @@ def run(function: int, job: int, workers: int) -> bool:
     Returns:
         Whether the job was done.
     """
-    if not workers or torch.get_num_threads() != workers + 1:
+    if torch.get_num_threads() != workers + 1:
         return False
+    if not workers:
+        kernels.alone(function, job)
+        return True
     parallel = None if _forked else _parallel()
     if parallel is None:
         return False

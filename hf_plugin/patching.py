@@ -19,7 +19,7 @@ from moebius.hf_plugin.discovery.gates import parent_of
 from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites
 from moebius.hf_plugin.options import Options, parse_memory
 from moebius.hf_plugin.profile import read_profile
-from moebius.hf_plugin.running import memory_guard
+from moebius.hf_plugin.running import linears, memory_guard
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.running.memory_guard import GuardedForward
@@ -39,7 +39,8 @@ def patch(model: Model, **options: Any) -> Model:
     """Let the routed experts of `model` run through Moebius; everything else stays as it is.
 
     The experts' weights move, layer by layer, from the model into host memory laid out for both processors; the rest of
-    the model moves to the GPU if one is used. `generate()` and all else work as before, except training.
+    the model moves to the GPU if one is used. `generate()` and all else work as before, except training. With
+    ``device="cpu"`` large dense layers multiply few rows with a kernel of ours (`linears`).
 
     Args:
         model: a loaded Mixture-of-Experts model of transformers.
@@ -96,6 +97,8 @@ def start(model: nn.Module, layers: list[PatchedLayer], options: Options, file: 
     if options.device != "cpu":
         GuardedForward(model, runtime).install()
     for module in model.modules():
+        if options.device == "cpu":
+            linears.install(module)
         if hasattr(type(module), _COMPILES):  # a replayed graph would skip the CPU's part of every layer
             module.__dict__[_COMPILES] = _never
     saving.install(model)
@@ -271,6 +274,7 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
 
 
 def _restore_methods(module: nn.Module) -> None:
+    linears.remove(module)
     memory_guard.remove(module)
     saving.remove(module)
     if module.__dict__.get(_COMPILES) is _never:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from moebius.cpu_experts import linear
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.policy import Reason, make_policy
@@ -34,14 +35,14 @@ class Compiled(NamedTuple):
 
 
 def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> Iterator[Compiled]:
-    """Run a tiny layer in each format, at one token and at several, and a step of the cache policy.
+    """Run a tiny layer in each format, at one token and at several, a dense one, and a step of the cache policy.
 
     This compiles what is not in the cache folder yet.
 
     Args:
         progress: called as each step begins, with its name and the fraction done of the whole.
     """
-    spec, steps = ExpertSpec(_SIZE, _SIZE), len(formats) + 1
+    spec, steps = ExpertSpec(_SIZE, _SIZE), len(formats) + 2
     executor = CpuExecutor(2)  # one thread would need no crew
     try:
         for done, format in enumerate(formats):
@@ -56,7 +57,12 @@ def warm_up(formats: Sequence[str], progress: Callable[[str, float], None]) -> I
                 executor.run(store, x, routes, torch.zeros(tokens, _SIZE))
             store.weights(0)  # as experts are checked, and given back
             yield Compiled(format, perf_counter() - begun)
-        progress("cache", len(formats) / steps)
+        progress("dense layers", len(formats) / steps)
+        begun = perf_counter()
+        for dtype in FLOATS.values():
+            linear.multiply(torch.zeros(1, _SIZE, dtype=dtype), torch.zeros(_SIZE, _SIZE, dtype=dtype), None)
+        yield Compiled("dense layers", perf_counter() - begun)
+        progress("cache", (len(formats) + 1) / steps)
         begun = perf_counter()
         _use_policy()
         yield Compiled("cache", perf_counter() - begun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moebius.cpu_experts import linear
 from moebius.predictors.switch import Switch
 
 
@@ -19,3 +20,9 @@ def prefetching(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Switch, "begin_token", awake)
     monkeypatch.setattr(Switch, "_refusal", lambda *args: None)
+
+
+@pytest.fixture
+def dense_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense layers of any size go through our kernel on `device="cpu"`: those of tiny models would be left to torch."""
+    monkeypatch.setattr(linear, "_LEAST_BYTES", 0)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import moebius
 from tests import zoo
 
-pytestmark = pytest.mark.usefixtures("prefetching")
+pytestmark = pytest.mark.usefixtures("prefetching", "dense_kernels")
 
 TOLERANCE = 1e-5  # of the largest logit, float32
 TIE = 1e-4  # logits: below this margin between its two best tokens, stock's own choice is rounding

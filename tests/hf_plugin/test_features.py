@@ -23,7 +23,7 @@ from tests import zoo
 from tests.hf_plugin import helpers
 from tests.hf_plugin.helpers import EIGHT, EMULATED, assert_close, everywhere, greedy, logits, patched, prompt
 
-pytestmark = pytest.mark.usefixtures("prefetching")
+pytestmark = pytest.mark.usefixtures("prefetching", "dense_kernels")
 
 Decode = Callable[[PreTrainedModel, Tensor], Any]
 
