@@ -2,15 +2,20 @@
 
     python benchmarks/experts_vs_stock.py --out benchmarks/results/experts_vs_stock.json
 
-Blocks of calls alternate between the variants, so that all of them see the same machine; random ids at each call. Stock
-is `Qwen3MoeExperts` in its fastest implementation for the CPU, ``grouped_mm``.
+Blocks of calls alternate between the variants, so that all of them see the same machine; random ids at each call.
+Stock is `Qwen3MoeExperts` in its fastest implementation for the CPU, ``grouped_mm``. MOEBIUS_ISA limits our kernels
+only; torch and its oneDNN have limits of their own, and a record says which there were:
+
+    MOEBIUS_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/experts_vs_stock.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -29,6 +34,7 @@ from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 
+LIMITS = "MOEBIUS_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"  # of instruction sets
 MIXED = 0  # in the place of a number of tokens
 _HOT = 500  # tokens of the mixed batch that share top-k experts
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
@@ -119,6 +125,8 @@ def main() -> None:
         facts = {"shape": arguments.shape, "threads": arguments.threads, "date": date.today().isoformat()}
         facts |= {"processor": machine.cpu().model, "python": platform.python_version()}
         facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        facts |= {"command": " ".join(["python", *sys.argv]), "isa": machine.compiled_isa()}
+        facts |= {"limits": {name: os.environ.get(name) for name in LIMITS}}
         arguments.out.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
 
 

@@ -87,7 +87,7 @@ def describe(spec: ExpertSpec, layout: RecordLayout, parts: Parts) -> Layer:
         (max(inner_bytes, packed_bytes(spec.intermediate, size)), packed_bytes(spec.hidden, size)) for size in (4, 2)
     )
     described = _layer_words(spec, layout, addresses)
-    few = quantized.FEW[layout.format] if _rounds(layout) else coded.FEW if layout.quantized else portable.FEW
+    few = quantized.FEW.get(layout.format, coded.FEW if layout.quantized else portable.FEW)
     return Layer(
         described, addresses, spec.hidden, len(addresses), _rounds(layout), _pairs(layout), few, x_bytes, (fp32, bf16),
         _work(layout), parts,
@@ -95,7 +95,10 @@ def describe(spec: ExpertSpec, layout: RecordLayout, parts: Parts) -> Layer:
 
 
 def _vector_bytes(n: int, layout: RecordLayout) -> int:
-    return vector_bytes(n, layout.format) if _rounds(layout) else -(-n // LANES) * LANES * 4
+    floats = -(-n // LANES) * LANES * 4
+    if layout.format == "mxfp4":  # beside inputs in fp32 and in 16 bits
+        return max(floats, vector_bytes(n, "mxfp4"))
+    return vector_bytes(n, layout.format) if _rounds(layout) else floats
 
 
 def _rounds(layout: RecordLayout) -> bool:
@@ -110,6 +113,8 @@ def _work(layout: RecordLayout) -> Entry:
     coding = layout.coding
     if coding is None:
         return _FLOAT_WORK[layout.format]
+    if layout.format == "mxfp4":
+        return work.work_mxfp4
     return (_ROUNDING_WORK if coding.rounds else _CODED_WORK)[coding.code]
 
 

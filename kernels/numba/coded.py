@@ -50,13 +50,15 @@ def unpack_codes(panel, here, rows, n, begin, end, element, vector):  # type: ig
     _, scales, points, start, scale_rows, width, kind = here
     for row in range(PANEL_ROWS):
         source, target = here[0] + pitch * min(row, rows - 1), panel + PITCH * row
-        index = scale_index(start + min(row, rows - 1), scale_rows, width, n)
-        for k in range(begin, end, GROUP):
-            block = index + k // width
-            scale = splat(scale_at(scales, block, kind) * unit_of(element))
-            u, v = numbers_of(source + (k // GROUP) * group_bytes(element), zero_at(points, block), element)
-            keep_group(target, mul(u, scale), mul(v, scale), vector)
-            target += GROUP * size_of(vector)
+        index, k = scale_index(start + min(row, rows - 1), scale_rows, width, n), begin
+        while k < end:
+            block, stop = index + k // width, min(k - k % width + width, end)
+            scale, zero = splat(scale_at(scales, block, kind) * unit_of(element)), zero_at(points, block)
+            for group in range(k, stop, GROUP):
+                u, v = numbers_of(source + (group // GROUP) * group_bytes(element), zero, element)
+                keep_group(target, mul(u, scale), mul(v, scale), vector)
+                target += GROUP * size_of(vector)
+            k = stop
     return panel, PITCH
 
 
@@ -171,27 +173,37 @@ def _inputs(x, k, n):  # type: ignore[no-untyped-def]
 
 @helper
 def _coarse1(codes, scales, x, n, ahead, element):  # type: ignore[no-untyped-def]
-    """One row times one vector, blocks of a multiple of 64 columns (all of them where there is one block)."""
-    a, b, width, whole = zeros(), zeros(), scales[4], n - n % (2 * GROUP)
-    size = group_bytes(element)
-    for block in range((n + width - 1) // width):
-        zero = zero_at(scales[1], scales[2] + block)
-        p0, p1, p2, p3 = zeros(), zeros(), zeros(), zeros()
-        for k in range(block * width, min(block * width + width, whole), 2 * GROUP):
-            w, y = codes + (k // GROUP) * size, x + 4 * k
-            prefetch(ahead + (k // GROUP) * size)
-            u, v = numbers_of(w, zero, element)
-            p0, p1 = fma(u, load(y, _F32), p0), fma(v, load(y + _LINE, _F32), p1)
-            u, v = numbers_of(w + size, zero, element)
-            p2, p3 = fma(u, load(y + 2 * _LINE, _F32), p2), fma(v, load(y + 3 * _LINE, _F32), p3)
-        if block * width + width >= n:
-            for k in range(whole, n, GROUP):
-                u, v = numbers_of(codes + (k // GROUP) * size, zero, element)
-                y0, y1 = _inputs(x, k, n) if k + GROUP > n else (load(x + 4 * k, _F32), load(x + 4 * k + _LINE, _F32))
-                p0, p1 = fma(u, y0, p0), fma(v, y1, p1)
+    """One row times one vector, a scale for a multiple of `_COARSE` columns (or all); so many a turn, four groups."""
+    a, b, whole, size = zeros(), zeros(), n - n % _COARSE, group_bytes(element)
+    per_block = (scales[4] + _COARSE - 1) // _COARSE
+    block, left = 0, per_block
+    for k in range(0, whole, _COARSE):
+        w, y, zero = codes + (k // GROUP) * size, x + 4 * k, zero_at(scales[1], scales[2] + block)
+        prefetch(ahead + (k // GROUP) * size)
+        if size == 32:
+            prefetch(ahead + (k // GROUP) * size + _LINE)
+        p, q = _group(w, y, zero, zeros(), zeros(), element)
+        r, s = _group(w + size, y + 2 * _LINE, zero, zeros(), zeros(), element)
+        p, q = _group(w + 2 * size, y + 4 * _LINE, zero, p, q, element)
+        r, s = _group(w + 3 * size, y + 6 * _LINE, zero, r, s, element)
         scale = _scale(scales, block, element)
-        a, b = fma(add(p0, p1), scale, a), fma(add(p2, p3), scale, b)
+        a, b = fma(add(p, q), scale, a), fma(add(r, s), scale, b)
+        block, left = _next_block(block, left, per_block)
+    if whole < n:
+        p, q, zero = zeros(), zeros(), zero_at(scales[1], scales[2] + block)
+        for k in range(whole, n, GROUP):
+            u, v = numbers_of(codes + (k // GROUP) * size, zero, element)
+            y0, y1 = _inputs(x, k, n)
+            p, q = fma(u, y0, p), fma(v, y1, q)
+        a = fma(add(p, q), _scale(scales, block, element), a)
     return total(add(a, b))
+
+
+@inner
+def _group(w, y, zero, p, q, element):  # type: ignore[no-untyped-def]
+    """The products of a group, added to two sums."""
+    u, v = numbers_of(w, zero, element)
+    return fma(u, load(y, _F32), p), fma(v, load(y + _LINE, _F32), q)
 
 
 @helper

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebius.kernels.numba.groups import CHUNK, PLANE, chunk_bytes, scales_of
+from moebius.kernels.numba.decoding import group_bytes, load_exponents
+from moebius.kernels.numba.groups import CHUNK, chunk_bytes, scales_of
 from moebius.kernels.numba.integers import (
+    add_ints,
     dot_bytes,
+    dot_words,
     floats,
     high_halves,
+    high_words,
     load_bytes,
     load_ints,
     low_halves,
+    low_words,
     no_ints,
     planes,
-    plus_128,
     second_eight,
     spread,
     times_256,
@@ -32,27 +36,37 @@ _LINE = 64
 
 
 @helper
-def group_bytes(element):  # type: ignore[no-untyped-def]
-    """Bytes of a group's codes."""
-    return 16 * planes(element)
+def scale_bytes(element):  # type: ignore[no-untyped-def]
+    """Bytes of a group's scale: an exponent beside e2m1, fp16 beside integers."""
+    return 1 if planes(element) == 2 else 2
+
+
+@inner
+def load_scales(address, count, element):  # type: ignore[no-untyped-def]
+    """The scales of up to sixteen groups, zeros where there are no more."""
+    if scale_bytes(element) == 1:
+        return load_exponents(address, count)
+    return load(address, _FP16) if count >= CHUNK else load_first(address, count, _FP16)
 
 
 @inner
 def _product(codes, x, element):  # type: ignore[no-untyped-def]
-    """64 bytes of codes times the activations that belong to them, summed by fours."""
+    """64 bytes of codes times the activations that belong to them, summed within groups."""
     w = load_bytes(codes)
+    if planes(element) == 0:
+        first = dot_words(low_words(w), load_bytes(x))
+        return floats(add_ints(first, dot_words(high_words(w), load_bytes(x + _LINE))))
+    low, high = low_halves(w, element), high_halves(w, element)
+    sums = dot_bytes(no_ints(), low, high, load_bytes(x), load_bytes(x + _LINE))
     if planes(element) == 2:
-        w = plus_128(w)
-        upper = dot_bytes(no_ints(), w, load_bytes(x))
-        return floats(dot_bytes(times_256(upper), w, load_bytes(x + PLANE)))
-    first = dot_bytes(no_ints(), low_halves(w), load_bytes(x))
-    return floats(dot_bytes(first, high_halves(w), load_bytes(x + _LINE)))
+        sums = dot_bytes(times_256(sums), low, high, load_bytes(x + 2 * _LINE), load_bytes(x + 3 * _LINE))
+    return floats(sums)
 
 
 @inner
 def _four_lines(a, b, codes, x, scales, count, ahead, element):  # type: ignore[no-untyped-def]
     """The products of up to four lines of codes, each times the scales of its groups, added to two sums in turn."""
-    step = 32 * (4 // planes(element))  # bytes of x beside a line
+    step = 4 * _LINE if planes(element) == 2 else 2 * _LINE  # bytes of x beside a line
     prefetch(ahead)
     a = fma(_product(codes, x, element), spread(scales, 0, element), a)
     if count > 1:
@@ -69,10 +83,10 @@ def _four_lines(a, b, codes, x, scales, count, ahead, element):  # type: ignore[
 
 @inner
 def _lines(a, b, codes, x, scales, count, ahead, element):  # type: ignore[no-untyped-def]
-    """As `_four_lines`, of all lines of a chunk: four beside int4, eight beside int8."""
+    """As `_four_lines`, of all lines of a chunk: four of four-bit codes, eight of int8."""
     a, b = _four_lines(a, b, codes, x, scales, count, ahead, element)
-    if planes(element) == 2 and count > 4:
-        codes, x, ahead = codes + 4 * _LINE, x + 4 * _LINE, ahead + 4 * _LINE
+    if count > 4:
+        codes, x, ahead = codes + 4 * _LINE, x + 8 * _LINE, ahead + 4 * _LINE
         a, b = _four_lines(a, b, codes, x, second_eight(scales), count - 4, ahead, element)
     return a, b
 
@@ -81,18 +95,21 @@ def _lines(a, b, codes, x, scales, count, ahead, element):  # type: ignore[no-un
 def dot(codes, scales, x, groups, ahead, ahead_scales, element):  # type: ignore[no-untyped-def]
     """One row times one vector. `ahead` and `ahead_scales` are what will be read some rows later, as long as this."""
     a, b, offsets = zeros(), zeros(), zeros()
-    per_line = 4 // planes(element)  # groups in a line of codes
+    per_line = _LINE // group_bytes(element)  # groups
     whole, line_count = groups // CHUNK, CHUNK // per_line
     for _ in range(whole):
         prefetch(ahead_scales)
-        s = mul(load(scales, _FP16), load(scales_of(x, element), _F32))
-        offsets = fma(s, floats(load_ints(scales_of(x, element) + _LINE)), offsets)
+        s = mul(load_scales(scales, CHUNK, element), load(scales_of(x, element), _F32))
+        if planes(element):
+            offsets = fma(s, floats(load_ints(scales_of(x, element) + _LINE)), offsets)
         a, b = _lines(a, b, codes, x, s, line_count, ahead, element)
         codes, ahead, x = codes + _LINE * line_count, ahead + _LINE * line_count, x + chunk_bytes(element)
-        scales, ahead_scales = scales + 2 * CHUNK, ahead_scales + 2 * CHUNK
+        scales += scale_bytes(element) * CHUNK
+        ahead_scales += scale_bytes(element) * CHUNK
     rest = groups - CHUNK * whole
     if rest:
-        s = mul(load_first(scales, rest, _FP16), load_first(scales_of(x, element), rest, _F32))
-        offsets = fma(s, floats(load_ints(scales_of(x, element) + _LINE)), offsets)
+        s = mul(load_scales(scales, rest, element), load_first(scales_of(x, element), rest, _F32))
+        if planes(element):
+            offsets = fma(s, floats(load_ints(scales_of(x, element) + _LINE)), offsets)
         a, b = _lines(a, b, codes, x, s, (rest + per_line - 1) // per_line, ahead, element)
     return total(add(add(a, b), offsets))

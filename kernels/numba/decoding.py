@@ -19,7 +19,7 @@ from moebius.kernels.encoding import E2M1
 from moebius.kernels.numba.isa import has_feature
 from moebius.kernels.numba.jit import helper, intrinsic
 from moebius.kernels.numba.memory import extend_half, peek, widen
-from moebius.kernels.numba.simd import LANES, f32x16
+from moebius.kernels.numba.simd import LANES, f32x16, first_lanes, read, read_first
 
 INT8_CODE, INT4_CODE, E4M3_CODE, E2M1_CODE = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 FP32_SCALE, BF16_SCALE, FP16_SCALE, E8M0_SCALE = 0, 1, 2, 3  # kinds of scales
@@ -58,21 +58,21 @@ def _int4(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
 def _e2m1(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
     if has_feature("avx512f"):
         return _looked_up(builder, address, [*E2M1, *(-x for x in E2M1)])
-    halves = (builder.trunc(half, _SHORTS) for half in _nibbles(builder, address))
-    return [_small_float(builder, half, 7, 9, 12) for half in halves]
+    wide = builder.zext(_bytes(builder, address), _SHORTS)
+    tops = (builder.shl(wide, _all(_SHORTS, shift)) for shift in (12, 8))
+    lower = (builder.ashr(top, _all(_SHORTS, 3)) for top in tops)  # fp16's exponent is longer by so much
+    return [extend_half(builder, builder.and_(bits, _all(_SHORTS, 0x8E00))) for bits in lower]
 
 
 def _e4m3(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:
-    halves = _bytes(builder, address), _bytes(builder, builder.add(address, ir.IntType(64)(LANES)))
-    return [_small_float(builder, builder.zext(half, _SHORTS), 127, 7, 8) for half in halves]
+    words = ir.VectorType(_I16, 2 * LANES)
+    wide = builder.sext(read(builder, address, _I8, words.count), words)
+    bits = builder.and_(builder.shl(wide, _all(words, 7)), _all(words, 0xBF80))  # one of the two signs goes
+    return [extend_half(builder, _cut(builder, bits, half)) for half in (0, LANES)]
 
 
-def _small_float(builder: ir.IRBuilder, bits: ir.Value, magnitude: int, shift: int, sign_shift: int) -> ir.Value:
-    """Move the magnitude's and the sign's bits to where fp16 has them."""
-    kind = bits.type
-    moved = builder.shl(builder.and_(bits, _all(kind, magnitude)), _all(kind, shift))
-    sign = builder.and_(builder.shl(bits, _all(kind, sign_shift)), _all(kind, 0x8000))
-    return extend_half(builder, builder.or_(moved, sign))
+def _cut(builder: ir.IRBuilder, value: ir.Value, first: int) -> ir.Value:
+    return builder.shuffle_vector(value, value, ir.Constant(_INTS, list(range(first, first + LANES))))
 
 
 def _bytes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -130,6 +130,33 @@ def scale_at(scales, index, kind):  # type: ignore[no-untyped-def]
     if kind == BF16_SCALE:
         return widen(peek(scales + 2 * index, np.uint16(0)))
     return widen(peek(scales + 2 * index, np.int16(0)))
+
+
+@intrinsic
+def _exponents(typingctx, address):  # type: ignore[no-untyped-def]
+    return f32x16(types.int64), lambda context, b, signature, args: _powers(b, read(b, args[0], _I8, LANES))
+
+
+@intrinsic
+def _first_exponents(typingctx, address, count):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        powers = _powers(builder, read_first(builder, args[0], args[1], _I8, LANES))
+        return builder.select(first_lanes(builder, args[1], LANES), powers, _all(_FLOATS, 0.0))
+
+    return f32x16(types.int64, types.int64), codegen
+
+
+def _powers(builder: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
+    wide = builder.zext(exponents, _INTS)
+    smallest = builder.icmp_unsigned("==", wide, _all(_INTS, 0))
+    bits = builder.select(smallest, _all(_INTS, 0x400000), builder.shl(wide, _all(_INTS, 23)))
+    return builder.bitcast(bits, _FLOATS)
+
+
+@helper
+def load_exponents(address, count):  # type: ignore[no-untyped-def]
+    """Sixteen scales in e8m0, of which `count` exist; zeros behind them, where a code 0 would be a slow subnormal."""
+    return _exponents(address) if count >= LANES else _first_exponents(address, count)
 
 
 @intrinsic

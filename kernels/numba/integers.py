@@ -1,7 +1,7 @@
 """Vectors of bytes and of integers beside the fp32 lanes of `simd`, for weights that are stored as codes.
 
-The one product is that of AVX-512 VNNI: sixteen sums of four products of unsigned with signed bytes. Where the
-processor lacks it, the same is written in operations that LLVM knows on every one (multiply-add of pairs on x86).
+Four-bit codes are multiplied as unsigned bytes with signed ones (VNNI, or multiply-add of pairs of bytes), the floats
+among them looked up before; codes of eight bits as words of 16 with words, in pairs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 
+from moebius.kernels.encoding import E2M1 as NUMBERS
 from moebius.kernels.numba.isa import has_feature
 from moebius.kernels.numba.jit import intrinsic
 from moebius.kernels.numba.simd import LANES, f32x16
@@ -26,7 +27,7 @@ _FLOATS = ir.VectorType(_F32, LANES)
 
 
 class U8x64(types.Type):
-    """Sixty-four bytes, one cache line."""
+    """Sixty-four bytes, one cache line; or as many bits as words of 16."""
 
     def __init__(self) -> None:
         super().__init__(name="u8x64")
@@ -106,12 +107,6 @@ def add_ints(typingctx, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def times_256(typingctx, a):  # type: ignore[no-untyped-def]
-    """256 a."""
-    return _define(i32x16, (i32x16,), lambda builder, a: builder.shl(a, _all(_INTS, 8)))
-
-
-@intrinsic
 def floats(typingctx, a):  # type: ignore[no-untyped-def]
     """The integers as fp32."""
     return _define(f32x16, (i32x16,), lambda builder, a: builder.sitofp(a, _FLOATS))
@@ -185,6 +180,25 @@ def first_equal(typingctx, magnitude, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def store_words(typingctx, address, a, odd):  # type: ignore[no-untyped-def]
+    """Write sixteen integers as int16: numbers 0, 2 .. 14 to `address`, 1, 3 .. 15 `odd` bytes behind."""
+
+    def emit(builder: ir.IRBuilder, address: ir.Value, a: ir.Value, odd: ir.Value) -> None:
+        kind = ir.VectorType(_I16, LANES // 2)
+        for first, place in enumerate((address, builder.add(address, odd))):
+            words = builder.trunc(_shuffle(builder, a, a, list(range(first, LANES, 2))), kind)
+            builder.store(words, builder.inttoptr(place, kind.as_pointer()), align=2)
+
+    return _define(types.void, (types.int64, i32x16, types.int64), emit)
+
+
+@intrinsic
+def times_256(typingctx, a):  # type: ignore[no-untyped-def]
+    """256 a."""
+    return _define(i32x16, (i32x16,), lambda builder, a: builder.shl(a, _all(_INTS, 8)))
+
+
+@intrinsic
 def second_byte(typingctx, a):  # type: ignore[no-untyped-def]
     """What the second byte must be for ``256 * second + first``, both signed, to give a."""
 
@@ -195,50 +209,127 @@ def second_byte(typingctx, a):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def plus_128(typingctx, a):  # type: ignore[no-untyped-def]
-    """Signed bytes plus 128, as unsigned bytes."""
-    return _define(u8x64, (u8x64,), lambda builder, a: builder.xor(a, _all(_BYTES, 0x80)))
+def low_halves(typingctx, codes, element):  # type: ignore[no-untyped-def]
+    """The lower four bits of each byte, as unsigned numbers: those of `offset_of` more than what they mean."""
+    return _define(u8x64, (u8x64, element), lambda b, codes, _: _unsigned(b, b.and_(codes, _all(_BYTES, 15)), element))
 
 
 @intrinsic
-def low_halves(typingctx, a):  # type: ignore[no-untyped-def]
-    """The lower four bits of each byte."""
-    return _define(u8x64, (u8x64,), lambda builder, a: builder.and_(a, _all(_BYTES, 15)))
+def high_halves(typingctx, codes, element):  # type: ignore[no-untyped-def]
+    """The upper four bits of each byte, as `low_halves`."""
+    return _define(u8x64, (u8x64, element), lambda b, codes, _: _unsigned(b, b.lshr(codes, _all(_BYTES, 4)), element))
+
+
+def _unsigned(builder: ir.IRBuilder, codes: ir.Value, element: types.Type) -> ir.Value:
+    if element == types.uint8:
+        return codes
+    if has_feature("avx2"):
+        names = "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx2.pshuf.b"
+        twice = [int(2 * number) for number in NUMBERS]
+        table = ir.Constant(_BYTES, [12 + value for value in (*twice, *(-value for value in twice))] * 4)
+        return _in_registers(builder, names, _BYTES, table, codes)
+    # Twice the numbers of codes m = 0..7: m, 1 more for each step from 5 on, and 2 more at 7.
+    magnitude = builder.and_(codes, _all(_BYTES, 7))
+    above4, above6 = (_call(builder, "llvm.usub.sat.v64i8", _BYTES, magnitude, _all(_BYTES, n)) for n in (4, 6))
+    twice = builder.add(builder.add(magnitude, above4), builder.add(above6, above6))
+    negative = builder.icmp_unsigned(">", codes, _all(_BYTES, 7))
+    return builder.add(builder.select(negative, builder.neg(twice), twice), _all(_BYTES, 12))
 
 
 @intrinsic
-def high_halves(typingctx, a):  # type: ignore[no-untyped-def]
-    """The upper four bits of each byte."""
-    return _define(u8x64, (u8x64,), lambda builder, a: builder.lshr(a, _all(_BYTES, 4)))
+def offset_of(typingctx, element):  # type: ignore[no-untyped-def]
+    """What is added to the numbers of four-bit codes, twice those of e2m1, before they are multiplied (a constant)."""
+    number = 12 if element == types.uint16 else 8
+    return _define(types.int64, (element,), lambda b, _: ir.Constant(ir.IntType(64), number))
 
 
 @intrinsic
-def dot_bytes(typingctx, total, unsigned, signed):  # type: ignore[no-untyped-def]
-    """total + the sum of four products of an unsigned with a signed byte, in each of sixteen lanes."""
+def dot_bytes(typingctx, total, low, high, x, y):  # type: ignore[no-untyped-def]
+    """total + unsigned bytes `low` (0..24) times signed bytes `x` + `high` times `y`, summed by fours."""
 
-    def emit(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-        if has_feature("avx512vnni"):
-            return _vnni(builder, total, unsigned, signed)
-        return _dot_portably(builder, total, unsigned, signed)
+    def emit(builder: ir.IRBuilder, total: ir.Value, *bytes: ir.Value) -> ir.Value:
+        products = list(zip(bytes[:2], bytes[2:], strict=True))
+        if has_feature("avx512vnni") or has_feature("avxvnni"):
+            for pair in products:
+                total = _vnni(builder, total, *pair)
+            return total
+        if has_feature("avx2"):
+            names = "llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx2.pmadd.ub.sw"
+            sums = [_in_registers(builder, names, _SHORTS, *pair) for pair in products]
+            return builder.add(total, _pairs(builder, builder.add(*sums), _all(_SHORTS, 1)))
+        return builder.add(total, builder.add(*(_dot_portably(builder, *pair) for pair in products)))
 
-    return _define(i32x16, (i32x16, u8x64, u8x64), emit)
+    return _define(i32x16, (i32x16, u8x64, u8x64, u8x64, u8x64), emit)
 
 
 def _vnni(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, total, unsigned, signed)
+    names = "llvm.x86.avx512.vpdpbusd.512", "llvm.x86.avx512.vpdpbusd.256"
+    return _in_registers(builder, names, _INTS, total, unsigned, signed)
 
 
-def _dot_portably(builder: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+def _in_registers(builder: ir.IRBuilder, names: tuple[str, str], result: ir.VectorType, *args: ir.Value) -> ir.Value:
+    """Call the instruction for registers of 512 bits, or twice that for 256."""
+    if has_feature("avx512bw"):
+        return _call(builder, names[0], result, *args)
+    half = ir.VectorType(result.element, result.count // 2)
+
+    def part(number: int) -> ir.Value:
+        lanes = [list(range(number * n // 2, (number + 1) * n // 2)) for n in (arg.type.count for arg in args)]
+        cut = (_shuffle(builder, arg, arg, own) for arg, own in zip(args, lanes, strict=True))
+        return _call(builder, names[1], half, *cut)
+
+    return _shuffle(builder, part(0), part(1), list(range(result.count)))
+
+
+def _dot_portably(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
     u, s, eight = builder.bitcast(unsigned, _SHORTS), builder.bitcast(signed, _SHORTS), _all(_SHORTS, 8)
     even = builder.and_(u, _all(_SHORTS, 255)), builder.ashr(builder.shl(s, eight), eight)
     odd = builder.lshr(u, eight), builder.ashr(s, eight)
-    for a, b in (even, odd):
-        total = builder.add(total, _pairs(builder, a, b))
-    return total
+    return builder.add(*(_pairs(builder, a, b) for a, b in (even, odd)))
+
+
+@intrinsic
+def dot_words(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """Sums of two products of 16-bit words, in each of sixteen lanes."""
+
+    def emit(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+        return _pairs(builder, builder.bitcast(a, _SHORTS), builder.bitcast(b, _SHORTS))
+
+    return _define(i32x16, (u8x64, u8x64), emit)
+
+
+@intrinsic
+def low_words(typingctx, codes):  # type: ignore[no-untyped-def]
+    """256 times the lower of each two signed bytes, as words."""
+
+    def emit(builder: ir.IRBuilder, codes: ir.Value) -> ir.Value:
+        return builder.bitcast(builder.shl(builder.bitcast(codes, _SHORTS), _all(_SHORTS, 8)), _BYTES)
+
+    return _define(u8x64, (u8x64,), emit)
+
+
+@intrinsic
+def high_words(typingctx, codes):  # type: ignore[no-untyped-def]
+    """256 times the upper of each two signed bytes, as words."""
+
+    def emit(builder: ir.IRBuilder, codes: ir.Value) -> ir.Value:
+        return builder.and_(codes, ir.Constant(_BYTES, [0, 255] * 32))
+
+    return _define(u8x64, (u8x64,), emit)
+
+
+@intrinsic
+def planes(typingctx, element):  # type: ignore[no-untyped-def]
+    """Bytes of an activation: one beside int4, two beside e2m1; 0 beside int8, where it is a word (a constant)."""
+    number = {types.int8: 0, types.uint8: 1, types.uint16: 2}[element]
+    return _define(types.int64, (element,), lambda b, _: ir.Constant(ir.IntType(64), number))
 
 
 def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Sums of two products of int16; LLVM makes this one instruction on x86."""
+    """Sums of two products of int16."""
+    if has_feature("avx2"):  # named, since LLVM finds it in the operations below only where it need not look far
+        names = "llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx2.pmadd.wd"
+        return _in_registers(builder, names, _INTS, a, b)
     products = []
     for first in (0, 1):
         lanes = list(range(first, 32, 2))
@@ -251,11 +342,11 @@ def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 def spread(typingctx, scales, line, element):  # type: ignore[no-untyped-def]
     """Of the scales of sixteen groups, those of the groups in a line (64 bytes) of codes, each on its group's lanes.
 
-    `line` is a constant from 0 to 3. int8 codes: two groups on eight lanes each; int4 (witness uint8): four on four.
+    `line` is a constant from 0 to 3. int8 codes: two groups on eight lanes each; four-bit codes: four on four.
     """
     if not isinstance(line, types.IntegerLiteral):
         return None
-    groups = {types.int8: 2, types.uint8: 4}[element]
+    groups = 2 if element == types.int8 else 4
     lanes = [groups * line.literal_value + lane * groups // LANES for lane in range(LANES)]
     return f32x16(f32x16, line, element), lambda context, b, signature, args: _shuffle(b, args[0], args[0], lanes)
 
@@ -309,33 +400,4 @@ def transpose_floats(typingctx, source, target, leap):  # type: ignore[no-untype
     return _define(types.void, (types.int64,) * 3, emit)
 
 
-@intrinsic
-def first_half(typingctx, address, element):  # type: ignore[no-untyped-def]
-    """The first sixteen codes of a group as signed numbers, fp32."""
-    return _define(f32x16, (types.int64, element), lambda b, address, _: _half_group(b, address, element, 0))
-
-
-@intrinsic
-def second_half(typingctx, address, element):  # type: ignore[no-untyped-def]
-    """The last sixteen codes of a group as signed numbers, fp32."""
-    return _define(f32x16, (types.int64, element), lambda b, address, _: _half_group(b, address, element, 1))
-
-
-def _half_group(builder: ir.IRBuilder, address: ir.Value, element: types.Type, half: int) -> ir.Value:
-    if element == types.int8:
-        place = builder.add(address, ir.Constant(ir.IntType(64), LANES * half))
-        codes = builder.sext(_load(builder, place, ir.VectorType(_I8, LANES)), _INTS)
-    else:
-        both = builder.zext(_load(builder, address, ir.VectorType(_I8, LANES)), _INTS)
-        one = builder.lshr(both, _all(_INTS, 4)) if half else builder.and_(both, _all(_INTS, 15))
-        codes = builder.sub(one, _all(_INTS, 8))
-    return builder.sitofp(codes, _FLOATS)
-
-
-@intrinsic
-def planes(typingctx, element):  # type: ignore[no-untyped-def]
-    """Bytes that an activation is quantised to: two beside int8 weights, one beside int4 (a constant)."""
-    return _define(types.int64, (element,), lambda b, _: ir.Constant(ir.IntType(64), 2 if element == types.int8 else 1))
-
-
-INT8, INT4 = np.int8(0), np.uint8(0)  # witnesses of the formats
+INT8, INT4 = np.int8(0), np.uint8(0)  # witnesses of the codes

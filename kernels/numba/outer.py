@@ -33,10 +33,15 @@ _WORDS = ir.VectorType(_I32, LANES)
 
 def _rows(fours: int) -> int:
     """Rows of a tile: up to sixteen sums in 32 registers of AVX-512; four of two registers, or of four, elsewhere."""
-    if has_feature("avx512f"):
+    if _most() > 2:
         return {1: 16, 2: 8, 3: 4, 4: 4}[fours]
     sums = 4 if has_feature("avx2") or not is_x86() else 2
     return max(1, sums // fours)
+
+
+def _most() -> int:
+    """Fours of vectors in a tile: with more than two, few registers would be left for rows, which share the vectors."""
+    return 4 if has_feature("avx512f") else 2
 
 
 def _at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
@@ -170,12 +175,13 @@ def make_tile(fours: int) -> Any:
         """Write sums to `target`, or add them to what is there."""
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            zero, values = ir.Constant(_FLOATS, [0.0] * LANES), cgutils.unpack_tuple(builder, args[1])
+            kind, values = ir.VectorType(ir.FloatType(), 4 * fours), cgutils.unpack_tuple(builder, args[1])
+            lanes, zero = ir.Constant(ir.VectorType(_I32, kind.count), list(range(kind.count))), ir.Constant(kind, None)
             for row in range(_rows(fours)):
-                place = _at(builder, args[0], LINE * row, _FLOATS)
-                before = builder.select(args[2], zero, builder.load(place, align=LINE))
+                place = _at(builder, args[0], LINE * row, kind)
+                before = builder.select(args[2], zero, builder.load(place, align=16))
                 value = _fold(builder, values[row * fours : (row + 1) * fours])
-                builder.store(builder.fadd(before, value), place, align=LINE)
+                builder.store(builder.fadd(before, builder.shuffle_vector(value, value, lanes)), place, align=16)
             return context.get_dummy_value()
 
         return types.void(types.int64, sums, types.boolean), codegen
@@ -224,13 +230,24 @@ def make_tile(fours: int) -> Any:
 _tile4, _tile8, _tile12, _tile16 = (make_tile(fours) for fours in (1, 2, 3, 4))
 
 
+@intrinsic
+def _splits(typingctx):  # type: ignore[no-untyped-def]
+    """Whether no tile takes more than eight vectors (a constant)."""
+    return types.boolean(), lambda context, builder, signature, args: ir.Constant(ir.IntType(1), _most() == 2)
+
+
 @helper
 def multiply_block(panel, pitch, x, count, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
     """Add (`fresh`: write) the products of a panel and `count` of sixteen packed vectors to fp32 [16 rows, 16].
 
     Rows are `lines` long and `pitch` bytes apart. `ahead` is memory to ask for on the way, in ascending order as the
-    processor's own prefetching likes it, its cache lines, and which of how many calls that share it this is.
+    processor's own prefetching likes it, its cache lines, and which of how many calls that share it this is. Of the
+    products with vectors beyond the last four that have any nothing is written.
     """
+    if _splits() and count > 8:
+        address, asked, turn, turns = ahead
+        _tile8(panel, pitch, x, lines, target, fresh, (address, asked, 2 * turn, 2 * turns), vector)
+        x, target, count, ahead = x + 2 * _FOUR, target + 32, count - 8, (address, asked, 2 * turn + 1, 2 * turns)
     if count > 12:
         _tile16(panel, pitch, x, lines, target, fresh, ahead, vector)
     elif count > 8:

@@ -1,4 +1,7 @@
-"""Experts in int8 and int4: with few pairs codes times quantised activations (see `groups`), with many unpacked."""
+"""Experts in int8, int4 and mxfp4: with few pairs codes times quantised activations (see `groups`), with many unpacked.
+
+Activations in fp32 stay as they are beside mxfp4 (see `coded`), whose weights are exact.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,25 @@ import numpy as np
 
 from moebius.kernels.formats import GROUP
 from moebius.kernels.numba import words
-from moebius.kernels.numba.codes import dot, group_bytes
+from moebius.kernels.numba.coded import numbers_of
+from moebius.kernels.numba.codes import dot, load_scales, scale_bytes
+from moebius.kernels.numba.decoding import group_bytes, unit_of
 from moebius.kernels.numba.groups import quantize_group, quantize_vector
-from moebius.kernels.numba.integers import first_half, second_half
 from moebius.kernels.numba.jit import helper
 from moebius.kernels.numba.memory import peek, poke, reserve, size_of
 from moebius.kernels.numba.outer import PANEL_ROWS, PITCH, keep_group
-from moebius.kernels.numba.simd import LANES, load, load_first, mul, splat, store
+from moebius.kernels.numba.simd import LANES, mul, splat, store
 from moebius.kernels.numba.units import ROWS, activate, add_output, entry_of, inner_of, input_of, part, slot_of, word
 
 assert ROWS == GROUP  # so that the unit that computes a group of the intermediate also quantises it
 # Pairs of an expert for which reading its codes from the first-level cache again beats unpacking them.
-FEW = {"int8": 5, "int4": 7}
+FEW = {"int8": 5, "int4": 7, "mxfp4": 4}
 _PITCH = 4 * ROWS  # bytes between the pairs in a block's results
 _BLOCK = _PITCH * max(FEW.values())
 _FACTORS = 4 * LANES
 _AHEAD = 4096  # bytes, as in `portable`
 _SCALES = words.GATE_SCALE - words.GATE  # from the word of a matrix to that of its scales
-_F32, _FP16 = np.float32(0), np.int16(0)
+_F32, _EIGHT = np.float32(0), np.float32(8)
 
 
 @helper
@@ -43,7 +47,7 @@ def prepare(job, layer, token, element):  # type: ignore[no-untyped-def]
 def code_bytes(n, element):  # type: ignore[no-untyped-def]
     """Bytes of a row's codes and of its scales."""
     groups = (n + GROUP - 1) // GROUP
-    return groups * group_bytes(element), 2 * groups
+    return groups * group_bytes(element), scale_bytes(element) * groups
 
 
 @helper
@@ -63,12 +67,11 @@ def unpack_codes(panel, here, rows, n, begin, end, element, vector):  # type: ig
         target = panel + PITCH * row
         for first in range(begin // GROUP, last, LANES):
             count = min(LANES, last - first)
-            at = scale + 2 * first
-            store(factors, load(at, _FP16) if count == LANES else load_first(at, count, _FP16))
+            store(factors, load_scales(scale + scale_bytes(element) * first, count, element))
             for group in range(count):
-                place, factor = source + (first + group) * group_bytes(element), splat(peek(factors + 4 * group, _F32))
-                first_codes, second_codes = first_half(place, element), second_half(place, element)
-                keep_group(target, mul(first_codes, factor), mul(second_codes, factor), vector)
+                factor = splat(peek(factors + 4 * group, _F32) * unit_of(element))
+                u, v = numbers_of(source + (first + group) * group_bytes(element), _EIGHT, element)
+                keep_group(target, mul(u, factor), mul(v, factor), vector)
                 target += GROUP * size_of(vector)
     return panel, PITCH
 

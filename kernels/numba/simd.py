@@ -17,11 +17,13 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 
+from moebius.kernels.numba.isa import has_feature
 from moebius.kernels.numba.jit import helper, intrinsic
 from moebius.kernels.numba.memory import extend_half
 
 LANES = 16
-_I1, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_PAGE = 4096  # bytes; processors with larger pages have a multiple of it
+_I1, _I8, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
 _V32 = ir.VectorType(_F32, LANES)
 
@@ -80,7 +82,7 @@ def read(builder: ir.IRBuilder, address: ir.Value, memory: ir.Type, lanes: int) 
 
 @intrinsic
 def load_first(typingctx, address, count, witness):  # type: ignore[no-untyped-def]
-    """The first `count` (1..15) elements at `address` as fp32, zeros in the other lanes; reads no byte beyond."""
+    """The first `count` (1..15) elements at `address` as fp32, zeros in the other lanes; reads no page beyond."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return widened(builder, lambda memory: read_first(builder, args[0], args[1], memory, LANES), witness)
@@ -89,17 +91,36 @@ def load_first(typingctx, address, count, witness):  # type: ignore[no-untyped-d
 
 
 def read_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value, memory: ir.Type, lanes: int) -> ir.Value:
-    """A masked load: `count` elements, then zeros."""
-    vector = ir.VectorType(memory, lanes)
-    pointer = builder.inttoptr(address, vector.as_pointer())
-    name = f"llvm.masked.load.v{lanes}{ {_F32: 'f32', _I16: 'i16'}[memory] }.p0"
-    kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, ir.VectorType(_I1, lanes), vector])
+    """`count` elements, then zeros.
+
+    Without AVX-512 a masked load of narrow elements is sixteen branches; a whole one that stays in its page is as safe.
+    """
+    vector, mask = ir.VectorType(memory, lanes), first_lanes(builder, count, lanes)
+    if memory == _F32 or has_feature("avx512bw"):
+        return _masked(builder, address, mask, vector)
+    place, nothing = builder.and_(address, _I64(_PAGE - 1)), ir.Constant(vector, None)
+    stays = builder.icmp_unsigned("<=", place, _I64(_PAGE - lanes * memory.width // 8))
+    with builder.if_else(stays, likely=True) as (inside, across):
+        with inside:
+            whole, one = builder.select(mask, read(builder, address, memory, lanes), nothing), builder.block
+        with across:
+            partial, other = _masked(builder, address, mask, vector), builder.block
+    result = builder.phi(vector)
+    result.add_incoming(whole, one)
+    result.add_incoming(partial, other)
+    return result
+
+
+def _masked(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value, vector: ir.VectorType) -> ir.Value:
+    memory = vector.element
+    name = f"llvm.masked.load.v{vector.count}{ {_F32: 'f32', _I16: 'i16', _I8: 'i8'}[memory] }.p0"
+    kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, mask.type, vector])
     masked = cgutils.get_or_insert_function(builder.module, kind, name)
-    mask = _first(builder, count, lanes)
-    return builder.call(masked, [pointer, ir.Constant(_I32, 1), mask, ir.Constant(vector, None)])
+    pointer, align = builder.inttoptr(address, vector.as_pointer()), ir.Constant(_I32, 1)
+    return builder.call(masked, [pointer, align, mask, ir.Constant(vector, None)])
 
 
-def _first(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     """Mask of the first `count` lanes."""
     numbers = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
     single = builder.insert_element(ir.Constant(numbers.type, ir.Undefined), builder.trunc(count, _I32), _I32(0))

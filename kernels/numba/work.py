@@ -153,3 +153,11 @@ def work_e4m3(job):  # type: ignore[no-untyped-def]
 @entry("void(int64)", callback=True)
 def work_e2m1(job):  # type: ignore[no-untyped-def]
     _work_coded(job, E2M1_CODE, np.float32(0), np.uint16(0))
+
+
+@entry("void(int64)", callback=True)
+def work_mxfp4(job):  # type: ignore[no-untyped-def]
+    if word(job, words.SOURCE_KIND) == 0:  # as exact as fp32, which rounding to 16 bits is not
+        _work_coded(job, E2M1_CODE, np.float32(0), np.uint16(0))
+    else:
+        _work_rounding(job, E2M1_CODE, np.float32(0), np.uint16(0))

@@ -13,6 +13,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.kernels import reference
 from moebius.kernels.experts import Activation, ExpertSpec, ExpertWeights, RecordLayout
 from moebius.kernels.formats import GROUP
+from moebius.kernels.numba.groups import LIMITS
 from moebius.kernels.numba.quantized import FEW
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import Routes, build_routes
@@ -66,11 +67,14 @@ def expected_quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `run` must add to `out`, activations rounded as the kernels do, in float64; and the size of what is summed.
 
-    Those of experts with many pairs are not rounded to groups. A code of the intermediate that lies between two numbers
-    may be rounded to either, so results differ by up to 1 / limit of that size.
+    Those of experts with many pairs are not rounded to groups, nor those in fp32 beside mxfp4. A code of the
+    intermediate that lies between two numbers may be rounded to either, so results differ by up to 1 / limit of that
+    size.
     """
-    limit = {"int8": 127 * 256, "int4": 127}[store.layout.format]
+    limit = LIMITS[store.layout.format]
     few = FEW[store.layout.format]
+    if store.layout.format == "mxfp4" and x.dtype == torch.float32:
+        few = 0
     return sum_up(
         store, x, routes, out, lambda values: round_to_groups(values, limit) if len(values) <= few else values.double()
     )

@@ -30,7 +30,7 @@ from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes
 executor, torch_seed = CpuExecutor(2), torch.manual_seed(0)
 entries = {"bf16": work.work_bf16, "fp16": work.work_fp16, "int8": work.work_rounding_int8,
-           "int4": work.work_rounding_int4, "fp8": work.work_e4m3, "mxfp4": work.work_e2m1}
+           "int4": work.work_rounding_int4, "fp8": work.work_e4m3, "mxfp4": work.work_mxfp4}
 def check(store, tokens, dtype):
     ids = np.tile([0, 2], (tokens, 1))
     routes = build_routes(ids, np.full((tokens, 2), 0.5, np.float32), 3)
