@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch as replaced
 
 import numpy as np
@@ -25,8 +25,10 @@ from moebius.kernels import packing
 from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment, CostModel
 
-if TYPE_CHECKING:
-    from benchmarks.gpu import Report
+try:
+    from benchmarks.gpu_report import Report
+except ModuleNotFoundError:  # run as a script
+    from gpu_report import Report  # type: ignore[import-not-found,no-redef]
 
 TRACE = Path(__file__).parents[1] / "tests" / "data" / "traces" / "gpt_oss_20b_excerpt.npz"
 BUDGETS = (1.0, 0.25, 0.5, 0.125, 0.75)  # the most telling first, in case time runs out

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, ref
@@ -28,9 +27,10 @@ from moebius.hf_plugin.running.dispatcher import Tier, run_layer
 from moebius.hf_plugin.running.host_tier import HostTier
 from moebius.hf_plugin.running.lookahead import Lookahead
 from moebius.hf_plugin.running.reserve import Reserve
+from moebius.hf_plugin.running.snapshot import snapshot, torch_code
 from moebius.hf_plugin.running.tiers import budget, distinct, fitting, open_tiers, shrink
 from moebius.hf_plugin.running.timeline import Timeline
-from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
+from moebius.hf_plugin.stats import LayerStats, Stats
 from moebius.hf_plugin.tools.recording import Recorder
 from moebius.kernels.routes import Routes
 from moebius.predictors.routing import PREDICTORS, Gate
@@ -63,7 +63,7 @@ class ModelRuntime:
         self.layers: list[ref[PatchedLayer]] = [ref(layer) for layer in layers]
         self.profile: Profile | None = None if options.profile is None else read_profile(options.profile)
         self._start([layer.name for layer in layers])
-        if slow := self._torch_code():
+        if slow := torch_code(self):
             logger.warning(
                 "experts of %d modules (%s, ...) run as torch code, slower than kernels, since there is no kernel for "
                 "their activation or norm", len(slow), slow[0]
@@ -71,7 +71,7 @@ class ModelRuntime:
 
     def _start(self, names: Sequence[str]) -> None:
         _runtimes.add(self)
-        self._names = list(names)
+        self.names = list(names)
         self._patched = len(names)
         threads = self.options.cpu_threads or default_threads()
         self.executor = CpuExecutor(threads, beside_torch=self.options.device == "cpu")
@@ -184,7 +184,7 @@ class ModelRuntime:
         memo[id(self)] = new
         new.options, new.reserve, new.file, new.lock = self.options, self.reserve, self.file, threading.RLock()
         new.stores, new.layers, new.profile = list(self.stores), list(self.layers), self.profile
-        new._start(self._names)
+        new._start(self.names)
         new._patched = 0
         return new
 
@@ -292,7 +292,7 @@ class ModelRuntime:
     def reset_stats(self) -> None:
         """All counters to zero."""
         with self.lock:
-            self.counters = [LayerStats(name) for name in self._names]
+            self.counters = [LayerStats(name) for name in self.names]
             if self.host is not None:
                 self.host.reset_stats()
             if self.lookahead is not None:
@@ -306,55 +306,7 @@ class ModelRuntime:
         with self.lock:
             for tier in distinct(self.tiers):
                 self.count_launches(tier)
-            return Stats(
-                self.options.device,
-                self.options.cache_policy if self.tiers else "none",
-                "none" if self.lookahead is None else self.options.predictor,
-                sum({id(s.content): s.nbytes for s in self.stores}.values()),
-                [self._layer_stats(i) for i in range(len(self._names))],
-                [_cache_stats(tier) for tier in distinct(self.tiers)],
-                self._notes(),
-            )
-
-    def _layer_stats(self, index: int) -> LayerStats:
-        values = asdict(self.counters[index])
-        if self.lookahead is not None:
-            values |= self.lookahead.layer_stats(index)
-        if (tier := self.tiers.get(index)) is not None:
-            counters = tier.cache.counters
-            values |= {f.name: getattr(counters, f.name)[index].item() for f in fields(counters)}
-        if self.host is not None:
-            values |= self.host.stats(index)
-        return LayerStats(**values)
-
-    def _notes(self) -> list[str]:
-        layers = [layer for reference in self.layers if (layer := reference()) is not None]
-        notes = [
-            f"{name}: experts run as torch code, since their activation or norm has no kernel"
-            for name in self._torch_code()
-        ]
-        notes += [
-            f"{tier.cache.device.name}: out of memory {tier.shrunk} times, for which the cache shrank to "
-            f"{tier.cache.nbytes / 2**30:.2f} GiB"
-            for tier in distinct(self.tiers)
-            if tier.shrunk
-        ]
-        notes += [
-            f"{device.name}: host memory of experts is not pinned ({device.refusal}), so that uploads take a detour "
-            "through pinned buffers"
-            for device in (tier.cache.device for tier in distinct(self.tiers))
-            if device.refusal
-        ]
-        places = Counter(layer.held.note for layer in layers if layer.held.note)
-        notes += [f"experts of {count} modules {note}" for note, count in places.items()]
-        if self.lookahead is not None:
-            notes += self.lookahead.notes()
-        if self.lookahead is not None and PREDICTORS[self.options.predictor].gate:
-            notes += [f"{layer.name}: {layer.gate.reason}" for layer in layers if layer.gate.reason]
-        return notes
-
-    def _torch_code(self) -> list[str]:
-        return [name for name, store in zip(self._names, self.stores, strict=True) if store.spec.torch_code]
+            return snapshot(self)
 
     def count_launches(self, tier: Tier) -> None:
         """Add the device time of the launches that have ended, and refine the cost of experts there."""
@@ -376,11 +328,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _cache_stats(tier: Tier) -> CacheStats:
-    cache = tier.cache
-    return CacheStats(cache.device.name, len(cache.layers), cache.slots, cache.nbytes, tier.costs.to_dict())
 
 
 def _gate_of(layers: list[ref[PatchedLayer]], index: int) -> Gate | None:
