@@ -1,4 +1,9 @@
-"""Experts that stay in the checkpoint's files: mapped, held in memory once, and loaded as fast as files are read."""
+"""Experts that stay in the checkpoint's files: mapped, held in memory once, and loaded as fast as files are read.
+
+A checkpoint of 3.09 GB, cold, loads in 1.12 to 1.22 s with single experts, in 1.08 to 1.09 s packed; a plain read of it
+takes 0.99 to 1.13 s, copying the experts 1.51 to 1.70 s (two cores of a Zen 5, ext4 on Linux 6.18). It then generates
+46.4 tokens/s, with copies on huge pages 47.2 (medians, in turn).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.running.held import HeldWeights
 
 # Linux from which on a file system's page cache has large pages ("large folios") without further ado. On pages of 4 KiB
-# decoding takes 19 % longer than in memory (1.59 for 1.33 ms a layer: 8 experts of 9.4 MB, two cores of a Zen 5).
+# a layer of 8 experts of 9.4 MB takes 1.59 ms, 19 % longer than in memory.
 _LARGE_PAGES = {"xfs": (5, 18), "ext4": (6, 16), "btrfs": (7, 2)}
 _SUPPORT = Path("/sys/kernel/mm/transparent_hugepage")  # is there where the kernel was built with large pages
 _USED = "are used in the checkpoint's files, which are mapped"
