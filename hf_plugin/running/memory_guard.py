@@ -19,7 +19,7 @@ from weakref import ref
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from moebius.gpu_cache.device import out_of_memory
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moebius.hf_plugin.running.runtime import ModelRuntime
 
 _MISSING = object()
+_GROWING = (DynamicLayer, DynamicIndexedLayer)  # the latter's indexer replaces its keys, as a window does
 _VALUES = (torch.Tensor, str, int, float, type(None), torch.dtype)  # that a forward reads and does not change
 
 
@@ -103,7 +104,7 @@ class KvState:
     """What a forward may change in the caches among its arguments, to be taken back.
 
     Layers that grow are cut to their former length, which keeps no second copy of them; those that slide keep their
-    former window until the forward has ended.
+    former window, and those with an indexer its former keys, until the forward has ended.
 
     Args:
         values: all arguments, one by one.
@@ -131,14 +132,14 @@ class KvState:
 
 
 def _restorable(layer: Any) -> bool:
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(layer) in (*_GROWING, DynamicSlidingWindowLayer)
 
 
 def _facts(layer: Any) -> dict[str, Any]:
     """The layer's attributes; where an update appends to its tensors and forgets nothing, their `length` instead."""
     facts = dict(vars(layer))
     keys = facts.get("keys")
-    if type(layer) is DynamicLayer and keys is not None and keys.ndim > 1:
+    if type(layer) in _GROWING and keys is not None and keys.ndim > 1:
         del facts["keys"], facts["values"]
         facts["length"] = keys.shape[-2]
     return facts

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 import moebius
 from moebius.cpu_experts.executor import CpuExecutor
@@ -249,6 +249,20 @@ def test_a_forward_that_cannot_be_repeated_says_so(kind: str) -> None:
         assert "call again from the start" in raised.value.__notes__[0]
         assert moebius.stats(model).cache_bytes < before
         assert greedy(model, ids, **more) == want
+
+
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "deepseek_v32"])
+@pytest.mark.parametrize("call", [1, 2, 3, 6])
+def test_an_indexer_that_finds_no_room(name: str, call: int) -> None:
+    """Catches keys of sparse attention's indexer that are appended twice, and a forward given up though they are
+    known."""
+    model = zoo.build(name)
+    ids = prompt(model, 1)
+    want = greedy(model, ids)
+    with patched(model, device="emulated", gpu_memory=0.5):
+        with failing(DynamicIndexedLayer, "update_indexer", lambda number: number == call, after=True):
+            assert greedy(model, ids) == want
+        assert greedy(model, ids) == want
 
 
 def test_a_direct_forward() -> None:
