@@ -49,17 +49,20 @@ def heard() -> Heard:
 
 
 class Nowhere:
-    """A cache in which nothing ever is."""
+    """A cache, and what it is of each layer, in which nothing ever is."""
 
     price = 1.0
 
     def __init__(self, experts: int) -> None:
         self._slots = np.full(experts, -1, np.int32)
 
-    def slots_of(self, layer: int) -> np.ndarray:
+    def layer(self, number: int) -> Nowhere:
+        return self
+
+    def slots(self) -> np.ndarray:
         return self._slots
 
-    def prefetch(self, layer: int, experts: np.ndarray, chances: np.ndarray) -> int:
+    def prefetch(self, experts: np.ndarray, chances: np.ndarray) -> int:
         return 0
 
 
