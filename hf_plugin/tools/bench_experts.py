@@ -177,12 +177,12 @@ def _measure(
     x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(1)).to(inputs)
     out = torch.zeros(tokens, shape.hidden)
     times, speeds, stream_speeds, error = [], [], [], 0.0
-    with RecordReader(executor.threads) as reader:
+    with RecordReader(executor.threads, beside_torch=True) as reader:
         for call in range(-WARMUP_CALLS, repeats):
             layer = call % len(stores)
             store = stores[layer]
             rows = np.unique(_draw(random, shape, tokens)[0])
-            read_seconds = reader.read(store.records.numpy().view(np.uint64), rows)
+            read_seconds, _ = reader.read(store.records.numpy().view(np.uint64), rows)
             ids, weights = _draw(random, shape, tokens)
             out.zero_()
             started = time.perf_counter()
