@@ -20,8 +20,8 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")):
 __version__ = "0.1.0"
 
 if _TYPE_CHECKING:
-    from moebius.hf_plugin.checkpoints.loading import MoebiusConfig as MoebiusConfig
     from moebius.hf_plugin.checkpoints.loading import from_pretrained as from_pretrained
+    from moebius.hf_plugin.checkpoints.quantizer import MoebiusConfig as MoebiusConfig
     from moebius.hf_plugin.options import Options as Options
     from moebius.hf_plugin.patching import is_patched as is_patched
     from moebius.hf_plugin.patching import patch as patch
@@ -34,7 +34,7 @@ if _TYPE_CHECKING:
 
 _PUBLIC = {
     "Options": "moebius.hf_plugin.options",
-    "MoebiusConfig": "moebius.hf_plugin.checkpoints.loading",
+    "MoebiusConfig": "moebius.hf_plugin.checkpoints.quantizer",
     "from_pretrained": "moebius.hf_plugin.checkpoints.loading",
     "patch": "moebius.hf_plugin.patching",
     "unpatch": "moebius.hf_plugin.patching",

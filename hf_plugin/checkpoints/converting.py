@@ -26,7 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.record_writer import locked
-from moebius.hf_plugin.checkpoints.loading import MoebiusConfig, from_pretrained, load
+from moebius.hf_plugin.checkpoints.loading import from_pretrained, load
+from moebius.hf_plugin.checkpoints.quantizer import MoebiusConfig
 from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS
 from moebius.hf_plugin.running.runtime import default_threads
 
