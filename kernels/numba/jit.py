@@ -47,6 +47,22 @@ _config: Any = numba.core.config
 
 intrinsic: Any = numba.extending.intrinsic  # Numba passes the typing context, which type checkers do not know
 helper: Any = numba.njit(**OPTIONS)  # without a signature: compiled as a part of the entries that call it
+
+
+def helper_of(kind: str) -> Callable[[Callable[..., Any]], Any]:
+    """`helper` for a function inside of another, which makes one for each `kind`.
+
+    All entries that a process loads share their callees by name, number and types, and processes that compiled them may
+    have numbered otherwise: of two callees with one name, one entry would call the other's, with wrong results.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ = f"{function.__qualname__}_{kind}"
+        return helper(function)
+
+    return decorate
+
+
 inner: Any = numba.njit(forceinline=True, **OPTIONS)  # in its caller, so that vectors stay in registers
 
 

@@ -17,7 +17,7 @@ from numba.core import cgutils
 
 from moebius.kernels.numba.bfloats import multiply_add, rounded
 from moebius.kernels.numba.isa import has_feature, is_x86
-from moebius.kernels.numba.jit import helper, intrinsic
+from moebius.kernels.numba.jit import helper, helper_of, intrinsic
 from moebius.kernels.numba.simd import LANES, f32x16, prefetch_later
 
 PANEL_ROWS = 16
@@ -205,7 +205,7 @@ def make_tile(fours: int) -> Any:
 
         return sums(sums, types.int64, types.int64, types.int64, vector), codegen
 
-    @helper
+    @helper_of(f"{fours}")
     def tile(panel, pitch, x, lines, target, fresh, ahead, vector):  # type: ignore[no-untyped-def]
         address, count, turn, turns = ahead
         share = PANEL_ROWS * turns

@@ -16,7 +16,7 @@ import numpy as np
 from moebius.kernels.numba import words
 from moebius.kernels.numba.bfloats import take, take_first, width_of
 from moebius.kernels.numba.integers import transpose_floats
-from moebius.kernels.numba.jit import helper
+from moebius.kernels.numba.jit import helper, helper_of
 from moebius.kernels.numba.memory import reserve, size_of
 from moebius.kernels.numba.outer import (
     LINE,
@@ -175,17 +175,18 @@ def _activated(layer, first_bias, up_bias, row, exists, first, second, offset, e
     return combine(layer, g, splat(bias_at(first_bias, row, element)), u, splat(bias_at(up_bias, row, element)))
 
 
-def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
+def make_panels(kind: str, place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
     """The functions that compute a unit of phase 1 and one expert's part of a unit of phase 2.
 
     Args:
+        kind: a name for them.
         place: (layer, matrix, expert, row, n, element) to the addresses of a row's weights and scales.
         row_bytes: (n, element) to the bytes of both.
         unpack: (panel, here, rows, n, begin, end, element, vector) brings columns of rows into a panel, if need be;
             returns where they lie then, and how many bytes apart.
     """
 
-    @helper
+    @helper_of(kind)
     def multiply(here, then, rows, n, x, x_pitch, pairs, target, element, vector):  # type: ignore[no-untyped-def]
         """Up to sixteen rows at `here` times packed vectors, into fp32 [pairs / 16, 16 rows, 16 pairs] at `target`.
 
@@ -207,7 +208,7 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
                 z, sums, count = y + block * x_pitch, target + SUMS * block, min(LANES, pairs - LANES * block)
                 multiply_block(w, pitch, z, count, lines, sums, fresh, (ahead, ask * lines, block, blocks), vector)
 
-    @helper
+    @helper_of(kind)
     def expand(job, layer, active, start, then, element, bias, vector):  # type: ignore[no-untyped-def]
         """Rows start..start + ROWS of one expert's activated intermediate, packed, for all its pairs."""
         expert = entry_of(word(job, words.EXPERTS), active)
@@ -237,7 +238,7 @@ def make_panels(place: Any, row_bytes: Any, unpack: Any) -> tuple[Any, Any]:
                     here = min(LANES, count - LANES * block)
                     _activate(layer, expert, row, rows, first + sums, second + sums, here, target, bias, vector)
 
-    @helper
+    @helper_of(kind)
     def contract(job, layer, active, start, stop, then, element, bias, vector):  # type: ignore[no-untyped-def]
         """Output columns start..stop of one expert and all its pairs."""
         expert, after = entry_of(word(job, words.EXPERTS), active), entry_of(word(job, words.EXPERTS), then[0])

@@ -10,7 +10,7 @@ from moebius.kernels.numba import coded, portable, quantized, words
 from moebius.kernels.numba.bfloats import products_of
 from moebius.kernels.numba.decoding import E2M1_CODE, E4M3_CODE, INT4_CODE, INT8_CODE
 from moebius.kernels.numba.integers import INT4, INT8
-from moebius.kernels.numba.jit import entry, helper
+from moebius.kernels.numba.jit import entry, helper_of
 from moebius.kernels.numba.outer_tiles import begin_tiles, end_tiles
 from moebius.kernels.numba.panels import float_bytes, floats_at, make_panels, pack_inputs, unpack_floats
 from moebius.kernels.numba.units import (
@@ -29,10 +29,11 @@ from moebius.kernels.numba.units import (
 _F32 = np.float32(0)
 
 
-def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
+def make_work(kind: str, prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
     """The function by which a thread works on a job.
 
     Args:
+        kind: a name for it.
         prepare: (job, layer, token, element) makes a token's input ready for `few`.
         few, many: the functions (expand, contract) for experts with few and with many pairs;
             expand(job, layer, active, start, then, element, bias, vector) computes a unit of phase 1, and
@@ -43,7 +44,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
     expand_few, contract_few = few
     expand_many, contract_many = many
 
-    @helper
+    @helper_of(kind)
     def expand(job, layer, active, start, then, element, bias, pairs):  # type: ignore[no-untyped-def]
         if not has_many(job, active):
             expand_few(job, layer, active, start, then, element, bias)
@@ -52,7 +53,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
         else:
             expand_many(job, layer, active, start, then, element, bias, _F32)
 
-    @helper
+    @helper_of(kind)
     def contract(job, layer, start, following, element, bias, pairs):  # type: ignore[no-untyped-def]
         """Output columns from `start` on of all experts, in ascending order; then come those from `following` on."""
         stop, active = min(start + columns_of(job, layer, start), word(layer, words.HIDDEN)), word(job, words.ACTIVE)
@@ -65,7 +66,7 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
             else:
                 contract_many(job, layer, i, start, stop, then, element, bias, _F32)
 
-    @helper
+    @helper_of(kind)
     def work(job, element, bias, pairs):  # type: ignore[no-untyped-def]
         """Work on a job: `element`, `bias` and `pairs` tell the types of weights, biases and, beside bf16, of products.
 
@@ -98,15 +99,22 @@ def make_work(prepare: Any, few: tuple[Any, Any], many: tuple[Any, Any]) -> Any:
 
 
 _work_floats = make_work(
-    portable.prepare, (portable.expand, portable.contract), make_panels(floats_at, float_bytes, unpack_floats)
+    "floats",
+    portable.prepare,
+    (portable.expand, portable.contract),
+    make_panels("floats", floats_at, float_bytes, unpack_floats),
 )
 _work_rounding = make_work(
+    "rounding",
     quantized.prepare,
     (quantized.expand, quantized.contract),
-    make_panels(quantized.codes_at, quantized.code_bytes, quantized.unpack_codes),
+    make_panels("rounding", quantized.codes_at, quantized.code_bytes, quantized.unpack_codes),
 )
 _work_coded = make_work(
-    portable.prepare, (coded.expand, coded.contract), make_panels(coded.codes_at, coded.code_bytes, coded.unpack_codes)
+    "coded",
+    portable.prepare,
+    (coded.expand, coded.contract),
+    make_panels("coded", coded.codes_at, coded.code_bytes, coded.unpack_codes),
 )
 
 
