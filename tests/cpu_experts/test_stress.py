@@ -62,6 +62,7 @@ assert sorted_experts() == [0, 1]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_forked_while_a_thread_compiles_can_compile(tmp_path: Path, run_python: RunPython) -> None:
     """Bug: the child waits for ever for a compiler's lock, whose holder exists in the parent only."""

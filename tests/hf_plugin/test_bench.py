@@ -138,6 +138,7 @@ def prompt(tiny_moe: PreTrainedModel) -> torch.Tensor:
     return bench_generate.make_prompt(str(TINY_MOE), tiny_moe, 12)
 
 
+@pytest.mark.slow
 def test_generate_measures_variants_in_turn(
     tiny_moe: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +179,7 @@ def test_generate_writes_a_trace_of_the_patched_variants(
     json.dumps([asdict(row) for row in rows], allow_nan=False)
 
 
+@pytest.mark.slow
 def test_generate_measures_expert_formats_beside_stock(
     tiny_moe: PreTrainedModel, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ converting.convert(*sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path: Path) -> None:
     """Its folder has no name that is asked for, and the next conversion removes it, but none that is under way."""
     saved("qwen3_moe", tmp_path / "stock")

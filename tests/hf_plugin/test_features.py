@@ -222,6 +222,7 @@ def test_lora_on_attention(first: str, options: dict[str, Any]) -> None:
 # ---- torch.compile
 
 
+@pytest.mark.slow
 @everywhere
 def test_compiled_in_one_graph(options: dict[str, Any]) -> None:
     """Catches Python of ours that the compiler would have to trace, and a graph that outlives unpatch or a patch."""

@@ -45,6 +45,7 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
 PLACES: dict[str, dict[str, Any]] = {"cpu": {}, "emulated": {"device": "emulated", "gpu_memory": 0.25}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES.keys())
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "longcat_flash", "muse_spark"])
 def test_half_of_the_experts_in_memory(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_no_two_callees_have_one_name() -> None:
 def test_entries_of_different_processes_keep_their_callees(
     tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Bug: the function that is called depends on what was compiled when, and by whom: with `helper`, every other time."""
+    """Bug: the callee that is run depends on what was compiled when, and by whom: with `helper`, every other time."""
     (tmp_path / "twice.py").write_text(_MODULE)
 
     def run(code: str) -> list[str]:
