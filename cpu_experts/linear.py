@@ -24,14 +24,13 @@ _KERNELS: dict[torch.dtype, tuple[Entry, int, int]] = {
 }
 _VECTORS = 8192
 
-
 # Below this torch's own call is as fast: the weights stay in a cache, and the time is that of the call.
 _LEAST_BYTES = 1 << 20
 
 
 def worthwhile(weight: torch.Tensor) -> bool:
     """Whether `multiply` is worth its call for some numbers of rows with a weight in host memory [N, n]."""
-    return weight.dtype in _KERNELS and weight.nbytes >= _LEAST_BYTES and has_feature("avx2")
+    return weight.dtype in _KERNELS and weight.nbytes >= _LEAST_BYTES and has_feature("avx2") and team.exists()
 
 
 def is_faster(rows: int, weight: torch.Tensor) -> bool:
@@ -53,7 +52,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
         bias: of the same dtype [N].
 
     Returns:
-        [..., N] in the same dtype; None where torch's threads cannot be had, as on systems other than Linux.
+        [..., N] in the same dtype; None where torch's threads cannot be had, as in a forked child with more than one.
     """
     rows, n = weight.shape
     vectors = x.reshape(-1, n).float().contiguous()

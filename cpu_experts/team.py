@@ -42,6 +42,11 @@ def run(function: int, job: int, workers: int) -> bool:
     return True
 
 
+def exists() -> bool:
+    """Whether torch has a team that can be asked, on this system."""
+    return _parallel() is not None
+
+
 @cache
 def _parallel() -> Parallel | None:
     """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP that torch is linked to.

@@ -13,7 +13,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 
 class Taker(Protocol):
-    """Takes weights of experts out of the loading; `loading.MoebiusQuantizer`."""
+    """Takes weights of experts out of the loading; `quantizer.MoebiusQuantizer`."""
 
     def wants(self, model: PreTrainedModel, full_name: str) -> bool:
         """Whether a weight is one of experts."""

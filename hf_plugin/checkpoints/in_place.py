@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -55,20 +55,12 @@ class InPlace(Intake):
     The whole of the files is read in their order, from the start on: transformers finds the rest of the model there.
     """
 
-    reads_ahead = False
-
-    def __init__(
-        self,
-        helds: Mapping[str, HeldWeights],
-        threads: int,
-        files: Sequence[str],
-        verify: Callable[[HeldWeights], None],
-    ) -> None:
-        super().__init__(helds, threads, files, verify)
+    def _bring(self, files: Sequence[str]) -> None:
+        super()._bring(())  # all is asked for at once here
         self._files = {file: MappedFile(file) for file in files}
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)  # else a load that fails reads on
         self._arriving = {name: self._populate(file) for name, file in self._files.items()}
-        for held in helds.values():  # unless they turn out to be as kernels read them
+        for held in self._helds.values():  # unless they turn out to be as kernels read them
             held.note = f"{_COPIED}they have biases there, or are in another order or dtype than the kernels read"
 
     def _populate(self, file: MappedFile) -> list[Future[None]]:
@@ -91,22 +83,16 @@ class InPlace(Intake):
         return list(arriving)
 
 
-def into_memory(
-    options: Options,
-    helds: Mapping[str, HeldWeights],
-    threads: int,
-    files: Sequence[str],
-    verify: Callable[[HeldWeights], None],
-) -> Intake:
-    """The intake of a load whose experts have room in memory, and are plain numbers in the files.
+def into_memory(options: Options, helds: Collection[HeldWeights], files: Sequence[str]) -> type[Intake]:
+    """The intake for a load whose experts have room in memory, and are plain numbers in the files.
 
     A device wants records, which it copies in one piece and pins.
     """
-    stay = {held for held in helds.values() if not held.layout.quantized and held.layout.dtype == held.dtype}
+    stay = [held for held in helds if not held.layout.quantized and held.layout.dtype == held.dtype]
     if options.device != "cpu" or not stay:
-        return Intake(helds, threads, files, verify)
+        return Intake
     if (reason := slow_to_map(files)) is None:
-        return InPlace(helds, threads, files, verify)
+        return InPlace
     for held in stay:
         held.note = f"{_COPIED}{reason}"
-    return Intake(helds, threads, files, verify)
+    return Intake

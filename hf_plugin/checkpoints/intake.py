@@ -35,7 +35,6 @@ class Intake:
     """
 
     wants = True  # whether weights are taken, one by one
-    reads_ahead = True  # whether the kernel is asked for the files ahead of what is taken
     lead = 2 << 30  # bytes of modules that are being read before one of them is waited for: their memory is final
 
     def __init__(
@@ -56,7 +55,7 @@ class Intake:
         self._reading: deque[tuple[HeldWeights, list[str], list[Future[None]]]] = deque()
         self._begun, self._nbytes = 0, sum(held.facts().nbytes for held in helds.values())
         self._bar = self._undo.enter_context(_progress(self._nbytes))
-        self._ahead = self._undo.enter_context(closing(ReadAhead(files if self.reads_ahead else ())))
+        self._bring(files)
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -138,6 +137,10 @@ class Intake:
             raise ValueError(
                 f"the checkpoint has {name} of {self._names[id(held)]!r} twice: there, and under the name it is tied to"
             )
+
+    def _bring(self, files: Sequence[str]) -> None:
+        """Have the files brought into memory ahead of what is taken."""
+        self._ahead = self._undo.enter_context(closing(ReadAhead(files)))
 
     def _begin(self, held: HeldWeights) -> None:
         """A module's weights lie among each other: with the first, all of it is wanted."""

@@ -151,9 +151,8 @@ class MoebiusQuantizer(HfQuantizer):
         if config.into is not None:
             return IntoFile(helds, threads, files, self._verify_complete, config.into, {})
         if budget is None:
-            if self._checkpoint is None:
-                return into_memory(config.options, helds, threads, files, self._verify_complete)
-            return Intake(helds, threads, files, self._verify_complete)
+            kind = Intake if self._checkpoint is not None else into_memory(config.options, helds.values(), files)
+            return kind(helds, threads, files, self._verify_complete)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from moebius.gpu_cache.staging import BUFFERS
 from moebius.hf_plugin import patching
 from moebius.hf_plugin.running import tiers
 from moebius.hf_plugin.running.held import HeldWeights
+from moebius.kernels.routes import Routes
+from moebius.predictors.costs import Assignment, CostModel
 from tests import zoo
 from tests.gpu_cache.fake_driver import FakeDriver
 from tests.hf_plugin import helpers
@@ -179,9 +182,16 @@ def test_experts_whose_own_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
     helpers.assert_same_weights(model, before)
 
 
-def test_nothing_is_allocated_while_generating(opened: Open) -> None:
+def test_nothing_is_allocated_while_generating(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches device memory, pinned memory, pages or events that are asked for on the decode path, and a layer that
     crosses to the host or back more than once."""
+
+    def residents_and_one_more(costs: CostModel, routes: Routes, slots: np.ndarray) -> Assignment:
+        """Not by measured times, by which a later step may have more launches at once than all before."""
+        absent = slots < 0
+        return Assignment.where(~absent | (absent & (np.cumsum(absent) == 1)), routes, slots)
+
+    monkeypatch.setattr(CostModel, "assign", residents_and_one_more)
     model = helpers.trained()
     ids = prompt(model)
     driver = opened(refuses=True)
@@ -196,7 +206,6 @@ def test_nothing_is_allocated_while_generating(opened: Open) -> None:
         assert more.pop("fetch") == steps
         assert moebius.stats(model).sums.misses > 0
         assert 0 < more.pop("copy") - moebius.stats(model).sums.uploads <= steps
-        assert more.pop("event", 0) < steps / 2  # a step with more launches at once than any before has more events
         assert not more
 
 
