@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -79,6 +80,13 @@ class Options:
         for name in ("prefetch", "keep_original"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def unknown_option(name: str, otherwise: str = "") -> TypeError:
+    """The error for a keyword argument that is no field of `Options`; `otherwise` tells what else it is not."""
+    nearest = get_close_matches(name, Options.__slots__, 1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return TypeError(f"unknown option {name!r}{otherwise}{hint} Options are {', '.join(Options.__slots__)}")
 
 
 def _is_device(name: str) -> bool:

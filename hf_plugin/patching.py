@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from moebius.hf_plugin import offload
 from moebius.hf_plugin.checkpoints import saving
 from moebius.hf_plugin.discovery.gates import parent_of
 from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites
-from moebius.hf_plugin.options import Options, parse_memory
+from moebius.hf_plugin.options import Options, parse_memory, unknown_option
 from moebius.hf_plugin.profile import read_profile
 from moebius.hf_plugin.running import linears, memory_guard
 from moebius.hf_plugin.running.held import HeldWeights
@@ -180,9 +180,8 @@ def _patched_layers(model: nn.Module) -> list[PatchedLayer]:
 def make_options(options: dict[str, Any]) -> Options:
     """Options from keyword arguments, all checked, with the device resolved."""
     check_choice()
-    known = [field.name for field in fields(Options)]
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"unknown option {unknown[0]!r}; options are {', '.join(known)}")
+    if unknown := sorted(set(options) - set(Options.__slots__)):
+        raise unknown_option(unknown[0])
     chosen = Options(**options)
     for name, value, allowed in (
         ("cache_policy", chosen.cache_policy, tuple(POLICIES)),

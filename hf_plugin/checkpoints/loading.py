@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from moebius.hf_plugin.checkpoints.codes import methods
 from moebius.hf_plugin.checkpoints.files import check_index
 from moebius.hf_plugin.checkpoints.quantizer import MoebiusConfig
-from moebius.hf_plugin.options import Options
+from moebius.hf_plugin.options import Options, unknown_option
+
+# Arguments that say where both configuration and weights are
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download",
+        "proxies", "code_revision")  # fmt: skip
 
 
 def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -36,6 +41,7 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: the model has no experts that can be taken over, is quantised in a way that is not supported, lacks
             weights, or an option has a bad value.
+        TypeError: an argument is neither an option nor one of transformers'.
     """
     if "quantization_config" in kwargs:
         raise ValueError(
@@ -55,18 +61,34 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
             f"{folder} has an adapter and no model: load the model that the adapter is for, then "
             f"model.load_adapter({str(folder)!r})"
         )
-    forwarded = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder")
-    config = kwargs.get("config") or AutoConfig.from_pretrained(
-        name_or_path, **{name: kwargs[name] for name in forwarded if name in kwargs}
-    )
+    config, kwargs = _configuration(name_or_path, kwargs)
     chosen = quantization_config
     chosen.quantized, kwargs["config"] = _without_quantization(config)
     if chosen.quantized is not None:
         methods(chosen.quantized)  # raises where there is none
-        kwargs.setdefault("dtype", getattr(config, "dtype", None) or torch.bfloat16)
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = getattr(config, "dtype", None) or torch.bfloat16
     kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
-    result: Any = kind.from_pretrained(name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen)
+    try:
+        result: Any = kind.from_pretrained(
+            name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen
+        )
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise unknown_option(unknown[1], ", which from_pretrained of transformers does not know either") from error
     return result
+
+
+def _configuration(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """A checkpoint's configuration with the values of those arguments that belong to it, and all other arguments."""
+    if kwargs.get("config") is not None:
+        return kwargs["config"], dict(kwargs)
+    given = {name: value for name, value in kwargs.items() if name not in ("config", "dtype", "torch_dtype")}
+    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **given)
+    taken = given.keys() - unused.keys() - set(_HUB)
+    return config, {name: value for name, value in kwargs.items() if name not in taken}
 
 
 def _without_quantization(config: PreTrainedConfig) -> tuple[Mapping[str, Any] | None, PreTrainedConfig]:

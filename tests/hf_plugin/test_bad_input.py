@@ -60,7 +60,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"emulated_link": 0}, ValueError, r"emulated_link=0 must be a positive"),
     ({"emulated_link": -2.0}, ValueError, r"emulated_link=-2\.0 must be a positive"),
     ({"emulated_link": float("nan")}, ValueError, r"emulated_link=nan must be a positive"),
-    ({"gpu_mem": 1}, TypeError, r"unknown option 'gpu_mem'; options are device, gpu_memory"),
+    ({"gpu_mem": 1}, TypeError, r"unknown option 'gpu_mem'; did you mean 'gpu_memory'\? Options are device"),
     ({"expert_format": "bf16"}, ValueError, r"would change weights .*keep_original=True"),
     ({"expert_format": "fp16"}, ValueError, r"would change weights .*keep_original=True"),
 ]

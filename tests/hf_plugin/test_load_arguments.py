@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import moebius
 from tests import zoo
+from tests.hf_plugin import quantized_checkpoints
 
 EMULATED = {"device": "emulated", "gpu_memory": 0.5}
 
@@ -45,6 +46,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "balanced": {"device_map": "balanced", "max_memory": {"cpu": "1GiB"}},
     "what was an option": {"low_cpu_mem_usage": True},
     "attention": {"attn_implementation": "eager"},
+    "values of the configuration": {"num_experts_per_tok": 1, "rms_norm_eps": 0.5},
+    "values and dtype": {"num_experts_per_tok": 1, "dtype": "auto", "trust_remote_code": False},
 }
 
 
@@ -66,6 +69,23 @@ def test_a_configuration_that_was_changed(folder: Path) -> None:
     model = moebius.from_pretrained(str(folder), config=config, **EMULATED)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, config=config))
     assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_dtype_of_a_quantised_checkpoint_by_its_old_name(tmp_path: Path) -> None:
+    """Bug: the dtype of the configuration is used."""
+    quantized_checkpoints.write("qwen3_moe", tmp_path, "fp8")
+    assert moebius.from_pretrained(str(tmp_path), **EMULATED, torch_dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_misspelt_option(folder: Path) -> None:
+    """Bug: an error of the model's class, which knows nothing of options."""
+    message = r"unknown option 'gpu_memroy'.*did you mean 'gpu_memory'\? Options are .*cpu_threads"
+    with pytest.raises(TypeError, match=message):
+        moebius.from_pretrained(str(folder), gpu_memroy="8GiB")
+    with pytest.raises(TypeError, match=message):
+        moebius.MoebiusConfig(gpu_memroy="8GiB")
+    with pytest.raises(TypeError, match=message):
+        moebius.patch(zoo.build("qwen3_moe"), gpu_memroy="8GiB")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
