@@ -7,13 +7,11 @@ a model with random experts.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,13 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moebius.cpu_experts.record_file import RecordFile
-from moebius.cpu_experts.record_writer import locked
+from moebius.hf_plugin.checkpoints.folders import aside
 from moebius.hf_plugin.checkpoints.loading import from_pretrained, load
 from moebius.hf_plugin.checkpoints.quantizer import MoebiusConfig
-from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS
+from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS, GUARD, REST
 from moebius.hf_plugin.running.runtime import default_threads
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".partial")
-_PARTIAL = ".partial"  # suffix of a folder that is being written
-_REST, _GUARD = "model-rest.safetensors", "model-experts-elsewhere.safetensors"
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], expert_format: str = "native") -> Path:
@@ -115,27 +111,12 @@ def _new_folder(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; give another, or remove it")
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target.absolute())
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=_PARTIAL, dir=target.absolute().parent))
-    try:
-        with ExitStack() as held:
-            with suppress(OSError):  # where folders cannot be locked, nobody removes them either
-                held.enter_context(locked(partial))
-            yield partial
+    with aside(target.absolute().parent, target.name) as partial:
+        yield partial
         partial.chmod(0o755)
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete what conversions into the same folder left that were killed: nobody holds their lock."""
-    for partial in target.parent.glob(f"{glob.escape(target.name)}.*{_PARTIAL}"):
-        with suppress(OSError), locked(partial):
-            shutil.rmtree(partial)
 
 
 def _save_rest(model: PreTrainedModel, folder: Path) -> None:
@@ -148,10 +129,10 @@ def _save_rest(model: PreTrainedModel, folder: Path) -> None:
         facts = json.loads(index.read_text())
     else:
         with safe_open(single, "pt") as file:
-            facts = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), _REST)}
-        single.rename(folder / _REST)
-    save_file({guard: torch.empty(0, dtype=model.dtype)}, folder / _GUARD, metadata={"format": "pt"})
-    facts["weight_map"][guard] = _GUARD
+            facts = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), REST)}
+        single.rename(folder / REST)
+    save_file({guard: torch.empty(0, dtype=model.dtype)}, folder / GUARD, metadata={"format": "pt"})
+    facts["weight_map"][guard] = GUARD
     conversions: Any = model._weight_conversions
     facts["metadata"][CONVERSIONS] = [list(used.source_patterns) for used in conversions]
     index.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

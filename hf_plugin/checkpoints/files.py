@@ -9,21 +9,30 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from moebius.hf_plugin.checkpoints.folders import with_variant
+
+_INDICES = with_variant(SAFE_WEIGHTS_INDEX_NAME, "*").replace(".*", "*")  # of any variant, or none
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _REMEDY = "download or copy the checkpoint again"
 
 
-def check_index(folder: Path) -> dict[str, str]:
-    """The shard of each tensor, as the index in a folder says; nothing where there is no index.
+def check_index(folder: Path, variant: str | None) -> None:
+    """Check that all files are there that an index in a folder names; nothing where transformers uses none.
 
     Raises:
         ValueError: the index is damaged, or a shard is missing.
     """
-    path = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not path.is_file():
-        return {}
+    path = folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    if path.is_file() and not (folder / with_variant(SAFE_WEIGHTS_NAME, variant)).is_file():
+        for shard in sorted(set(_read_index(path).values())):
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder / shard} is missing, which {path.name} names: {_REMEDY}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The shard of each tensor."""
     try:
         shards = json.loads(path.read_text()).get("weight_map")
     except (ValueError, AttributeError) as error:
@@ -33,8 +42,6 @@ def check_index(folder: Path) -> dict[str, str]:
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard:
             raise ValueError(f"{path} names {shard!r}, which is no file beside it: {_REMEDY}")
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing, which {path.name} names: {_REMEDY}")
     return shards
 
 
@@ -49,9 +56,10 @@ def check_tensors(files: Sequence[str], model: nn.Module, quantized: bool) -> No
         ValueError: a file is damaged, lacks a tensor, or has integers or codes where the model has weights.
     """
     found = {Path(file).name: _types(file) for file in files}
-    for name, shard in (check_index(Path(files[0]).parent) if files else {}).items():
-        if shard in found and name not in found[shard]:
-            raise ValueError(f"{Path(files[0]).parent / shard} has no {name}, which the index names: {_REMEDY}")
+    for index in {path for file in files for path in Path(file).parent.glob(_INDICES)}:
+        for name, shard in _read_index(index).items():
+            if shard in found and name not in found[shard]:
+                raise ValueError(f"{index.with_name(shard)} has no {name}, which the index names: {_REMEDY}")
     if quantized:
         return
     codes = {name.rpartition(".")[2] for name, t in model.state_dict().items() if not torch.is_floating_point(t)}

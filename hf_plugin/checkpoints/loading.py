@@ -55,7 +55,7 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, with the options in a `MoebiusConfig`."""
     folder = Path(name_or_path) / kwargs.get("subfolder", "")
-    check_index(folder)
+    check_index(folder, kwargs.get("variant"))
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} has an adapter and no model: load the model that the adapter is for, then "

@@ -11,9 +11,8 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from weakref import ref
@@ -26,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from moebius.hf_plugin.checkpoints.folders import replacing_weights, with_variant
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import SHAPES_ONLY, held_by
 
@@ -73,11 +73,15 @@ class Saver:
     ) -> None:
         """As `PreTrainedModel.save_pretrained`."""
         model = self._alive()
-        if state_dict is not None or getattr(model, "_hf_peft_config_loaded", False):
-            return type(model).save_pretrained(
-                model, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant,
-                save_original_format=save_original_format, **kwargs,
-            )  # fmt: skip
+        unbound: Any = type(model).save_pretrained
+        stock = partial(
+            unbound, model, max_shard_size=max_shard_size, variant=variant, save_original_format=save_original_format,
+            **kwargs,
+        )  # fmt: skip
+        if getattr(model, "_hf_peft_config_loaded", False):  # of which only adapters are saved
+            return stock(
+                save_directory, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub
+            )
         if push_to_hub:
             raise ValueError(
                 "a patched model cannot be pushed while it is saved: save it, then upload the folder with "
@@ -85,11 +89,15 @@ class Saver:
             )
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; give the folder to save the model in")
-        plan = Plan(model, max_shard_size, variant, save_original_format)
-        plan.check_space(Path(save_directory))
-        type(model).save_pretrained(model, save_directory, is_main_process, state_dict={}, variant=variant, **kwargs)
-        if is_main_process:
-            plan.write(Path(save_directory))
+        if not is_main_process:
+            return None
+        plan = None if state_dict is not None else Plan(model, max_shard_size, variant, save_original_format)
+        if plan is not None:
+            plan.check_space(Path(save_directory))
+        with replacing_weights(Path(save_directory), variant) as folder:
+            stock(folder, state_dict=state_dict or {})
+            if plan is not None:
+                plan.write(folder)
         return None
 
     def _alive(self) -> PreTrainedModel:
@@ -128,8 +136,8 @@ class Plan:
                 f"the experts of {type(model).__name__} cannot be written layer by layer, because the checkpoint's "
                 "layout mixes them with other weights: unpatch the model and save it"
             )
-        self._weights_name = _with_variant(SAFE_WEIGHTS_NAME, variant)
-        self._index_name = _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+        self._weights_name = with_variant(SAFE_WEIGHTS_NAME, variant)
+        self._index_name = with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
         self._split = split_torch_state_dict_into_shards(
             self._shapes,
             filename_pattern=self._weights_name.replace(".safetensors", "{suffix}.safetensors"),
@@ -148,11 +156,13 @@ class Plan:
             )
 
     def write(self, folder: Path) -> None:
-        """Write the weights' files, each whole or not at all, and the index of several."""
+        """Write the weights' files, and the index of several; they are on the disk then."""
         for file, names in self._split.filename_to_tensors.items():
             tensors = {name: self._shapes[name] for name in names}
-            with _replacing(folder / file) as target:
+            with (folder / file).open("wb") as target:
                 write_safetensors(target, tensors, self._tensor)
+                target.flush()
+                os.fsync(target.fileno())  # others may be deleted for it
         if self._split.is_sharded:
             facts = {"total_parameters": self._model.num_parameters(), **self._split.metadata}
             index = {"metadata": facts, "weight_map": self._split.tensor_to_filename}
@@ -208,31 +218,6 @@ def _on_meta(state: State) -> State:
 
 def _described(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    start, _, suffix = name.rpartition(".")
-    return name if variant is None else f"{start}.{variant}.{suffix}"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well, and else leaves nothing."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            yield file  # type: ignore[misc]
-            file.flush()
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_safetensors(file: BinaryIO, shapes: State, tensor: Callable[[str], torch.Tensor]) -> None:

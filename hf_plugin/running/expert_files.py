@@ -21,6 +21,8 @@ from moebius.kernels.numba.jit import cache_root
 logger = logging.getLogger(__name__)
 
 EXPERTS = "experts.safetensors"  # in the folder of a converted checkpoint
+REST, GUARD = "model-rest.safetensors", "model-experts-elsewhere.safetensors"  # beside it: see `converting`
+CONVERTED = (EXPERTS, REST, GUARD)
 CONVERSIONS = "moebius_conversions"  # in the metadata of its index
 # Left free in host memory by cpu_memory="auto": room for the rest of the model, the KV cache and the system.
 AUTO_RESERVE = 0.1  # of the free memory,
@@ -28,13 +30,20 @@ AUTO_RESERVE_BYTES = 2 << 30  # and this much
 
 
 def beside(checkpoint_files: Sequence[str]) -> RecordFile | None:
-    """The file of a converted checkpoint, or None for a stock one.
+    """The file of a converted checkpoint, or None for a stock one, as may have been saved into the same folder.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or missing.
     """
-    path = Path(checkpoint_files[0]).parent / EXPERTS if checkpoint_files else None
-    return RecordFile(path) if path is not None and path.is_file() else None
+    guard = next((path for file in checkpoint_files if (path := Path(file)).name == GUARD), None)
+    if guard is None:
+        return None
+    if not (path := guard.with_name(EXPERTS)).is_file():
+        raise ValueError(
+            f"{path} is missing, which has the experts of this converted checkpoint: download or copy it again, or "
+            "convert the checkpoint again"
+        )
+    return RecordFile(path)
 
 
 def conversions(checkpoint_files: Sequence[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import moebius
-from moebius.hf_plugin.checkpoints import saving
+from moebius.hf_plugin.checkpoints import converting, in_place, saving
 from tests import zoo
 from tests.conftest import RunPython
+from tests.hf_plugin import quantized_checkpoints
 from tests.hf_plugin.helpers import patched
 from tests.hf_plugin.peak_memory import LAYER_BYTES, LAYERS, WATCH, needs_linux, save_large
 
@@ -116,6 +118,86 @@ def test_what_cannot_be_saved_writes_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(RuntimeError, match="unpatch the model and save it"):
             model.save_pretrained(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+SIZES = ("100KB", "50GB")  # several shards, one file
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("before", SIZES)
+def test_a_save_that_fails_leaves_what_was_there(
+    before: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the disk is full half-way, and the former checkpoint is deleted, or mixed with the new one."""
+    zoo.build("qwen3_moe").save_pretrained(tmp_path / "there", max_shard_size=before)
+    was, written = files(tmp_path / "there"), saving.write_safetensors
+
+    def write(file: Any, *rest: Any) -> None:
+        written(file, *rest)
+        if "-00001-" not in file.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with patched(zoo.build("qwen3_moe").half(), device="cpu") as model:
+        monkeypatch.setattr(saving, "write_safetensors", write)
+        for folder in ("there", "new"):
+            with pytest.raises(OSError, match="No space left"):
+                model.save_pretrained(tmp_path / folder, max_shard_size=size)
+        assert files(tmp_path / "there") == was
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+        monkeypatch.undo()
+        (tmp_path / "there" / "save_pretrained.killed.partial").mkdir()
+        for folder in ("there", "new"):
+            model.save_pretrained(tmp_path / folder, max_shard_size=size)
+    assert files(tmp_path / "there") == files(tmp_path / "new")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [{}, {"cpu_memory": 0.5}], ids=["memory", "disk"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "converted"])
+def test_into_the_folder_that_it_is_loaded_from(
+    kind: str, options: dict[str, Any], size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: files in use are overwritten, or files of the former checkpoint are found in place of the new one's."""
+    monkeypatch.setattr(in_place, "slow_to_map", lambda files: None)
+    source = tmp_path / "source"
+    if kind == "fp8":
+        quantized_checkpoints.write("qwen3_moe", source, "fp8")
+    else:
+        zoo.build("qwen3_moe").bfloat16().save_pretrained(source, max_shard_size="100KB")
+    if kind == "converted":
+        source = converting.convert(source, tmp_path / "converted", "int8")
+    ids = torch.arange(6)[None]
+    model = moebius.from_pretrained(str(source), device="cpu", **options)
+    expected = logits(model, ids)
+    for folder in (tmp_path / "elsewhere", source):
+        model.save_pretrained(folder, max_shard_size=size)
+    assert torch.equal(logits(model, ids), expected)
+    assert files(source) == files(tmp_path / "elsewhere")
+    ours, stock = moebius.from_pretrained(str(source), device="cpu"), type(model).from_pretrained(source)
+    for again in (ours, stock):
+        assert (logits(again, ids) - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_stock_weights_in_the_folder_of_a_converted_checkpoint(tmp_path: Path) -> None:
+    """Bug: experts of the former checkpoint in a model of the new one."""
+    stock, ids = zoo.build("qwen3_moe"), torch.arange(6)[None]
+    stock.save_pretrained(tmp_path / "stock")
+    folder = converting.convert(tmp_path / "stock", tmp_path / "converted")
+    for name, parameter in stock.named_parameters():
+        if "experts" in name:
+            parameter.data *= 2
+    stock.save_pretrained(folder)
+    found = logits(moebius.from_pretrained(str(folder), device="cpu"), ids)
+    assert (found - logits(stock, ids)).abs().max() <= 1e-5 * found.abs().max()
+
+
+def test_an_index_that_transformers_does_not_use(tmp_path: Path) -> None:
+    """Bug: shards are missed that stock has deleted, where it left their index beside one file."""
+    stock = zoo.build("qwen3_moe")
+    for size in SIZES:
+        stock.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    moebius.from_pretrained(str(tmp_path), device="cpu")
 
 
 def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
