@@ -149,8 +149,19 @@ class Forecaster:
 
         Returns:
             The experts, likeliest first, int32 [n], and the probability of each that any token uses it, float64 [n].
+
+        Raises:
+            ValueError: there is no such layer, it has another number of experts, or the hint is about too many tokens.
         """
         scores, chosen = NO_HINT if hint is None else hint
+        target = layer + self.ahead
+        if slots is not None and (target >= len(self.experts) or len(slots) != self.experts[target]):
+            raise ValueError(
+                f"slots of {len(slots)} experts were given for layer {target}, but the layers have {self.experts}; "
+                "give one of each expert, and None behind the last layer"
+            )
+        if len(chosen) > self.rows:
+            raise ValueError(f"a hint about {len(chosen)} tokens was given; at most {self.rows} are foreseen")
         return foresight.advance(
             self.words, layer, np.ascontiguousarray(ids, np.int32), scores, chosen,
             _NO_SLOTS if slots is None else slots, least, limit,

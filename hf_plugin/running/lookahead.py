@@ -38,8 +38,6 @@ class Lookahead:
         experts: number of experts of each layer.
         gates: of each layer; a callable gives the gate, or None as long as or because it is not known.
         host: the tier of host memory, if that is a cache of a file.
-        rests: whether it rests where it does not pay; not where a device's experts are read from a file, since what a
-            miss costs there has no single answer.
         habits: of each layer, from a profile; empty to start from nothing.
     """
 
@@ -49,15 +47,14 @@ class Lookahead:
         experts: Sequence[int],
         gates: Sequence[Callable[[], Gate | None]],
         host: HostTier | None = None,
-        rests: bool = True,
         habits: Sequence[Habits] = (),
     ) -> None:
         self._habits = habits
-        self._host, self._rests = host, rests
+        self._host = host
         self._predictor, self._experts, self._gates = predictor, list(experts), gates
         self._offsets = Offsets(len(experts)) if predictor.residual else None
         self.forecaster: Forecaster | None = None  # made when the number of experts per token is known
-        self.switch = Switch(awake=not rests)
+        self.switch = Switch()
         self.on: list[bool] = [True] * len(experts)  # whether experts of each layer are prefetched
         self.spent_ms: list[float] = [0.0] * len(experts)
         self._last, self._looking, self._thread = len(experts), False, 0
@@ -109,10 +106,11 @@ class Lookahead:
             limit = max(1, int(self._gap_us / max(tier.costs.upload_us, _LITTLE_US)))
             least, cache = least_chance(tier.cache.price), tier.cache.layer(target)
             experts, chances = forecaster.advance(layer, ids, hint, cache.slots(), least, limit)
-            if len(experts) and self._works(target):
-                cache.prefetch(experts, chances)
-            if self._host is not None:
-                self._read_ahead(self._host, forecaster, layer, len(ids))
+            if self._works(target):
+                if len(experts):
+                    cache.prefetch(experts, chances)
+                if self._host is not None:
+                    self._read_ahead(self._host, forecaster, layer, len(ids))
         elif self._host is not None:
             least, slots = least_chance(_READ_PRICE), self._host.cache.layer(target).slots()
             experts, _ = forecaster.advance(layer, ids, hint, slots, least, self._experts[target])
@@ -168,7 +166,7 @@ class Lookahead:
 
     def _begin_token(self, tier: Tier | None) -> None:
         looked, self._looking = self._looking, self.switch.begin_token()
-        if self.switch.due and self.forecaster is not None and self._rests:
+        if self.switch.due and self.forecaster is not None:
             self._judge(self.forecaster, tier)
         thread = threading.get_ident()
         if self.forecaster is not None and (not looked or thread != self._thread):
@@ -182,18 +180,30 @@ class Lookahead:
             self._gap_us, self._cost_us = median(self._gaps or [0.0]), median(self._spent) * len(self._experts)
             self._gaps.clear()
             self._spent.clear()
-        if tier is not None:
-            price, miss_us = tier.cache.price, tier.costs.cpu.call(np.ones(1))
-            in_time = len(self._experts) > 1 and self._gap_us >= tier.costs.upload_us
-        elif self._host is not None:  # a read that has begun is waited for less, if not in time
-            price, miss_us, in_time = _READ_PRICE, min(self._host.read_us, self._gap_us), len(self._experts) > 1
-            self._misses = self._host.take_misses()
-        else:
+        found = self._stake(tier)
+        if found is None:
             return
-        self.switch.judge(self._misses, right, wrong, price, max(miss_us, _LITTLE_US), self._cost_us, in_time)
+        misses, price, miss_us, in_time = found
+        self.switch.judge(misses, right, wrong, price, max(miss_us, _LITTLE_US), self._cost_us, in_time)
         self._misses, self._judged = 0, judged
         least = least_chance(price)
         self.on = [not precision < least for precision in forecaster.precisions()]  # NaN as long as nothing is known
+
+    def _stake(self, tier: Tier | None) -> tuple[int, float, float, bool] | None:
+        """What `Switch.judge` wants to know of misses: their number, the price, microseconds, and whether in time."""
+        host = self._host
+        reads = 0 if host is None else host.take_misses()
+        read_us = 0.0 if host is None else min(host.read_us, self._gap_us)  # one that has begun is waited for less
+        if tier is None:
+            return None if host is None else (reads, _READ_PRICE, read_us, len(self._experts) > 1)
+        price, miss_us = tier.cache.price, tier.costs.cpu.call(np.ones(1))
+        in_time = len(self._experts) > 1 and self._gap_us >= tier.costs.upload_us
+        if reads:  # some of what the device lacks is not in memory either
+            read_us *= min(reads / max(self._misses, 1), 1.0)
+            miss_us = miss_us if in_time else 0.0
+            price = (price * miss_us + _READ_PRICE * read_us) / max(miss_us + read_us, _LITTLE_US)
+            miss_us, in_time = miss_us + read_us, len(self._experts) > 1
+        return self._misses, price, miss_us, in_time
 
     def _route(self, layer: int, x: torch.Tensor) -> Routing | None:
         if self._offsets is not None and self.switch.tokens % OBSERVED == 0:

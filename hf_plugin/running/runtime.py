@@ -92,8 +92,7 @@ class ModelRuntime:
         gates = [partial(_gate_of, self.layers, index) for index in range(len(self.layers))]
         experts = [store.num_experts for store in self.stores]
         habits = self.profile.habits if self.profile is not None else []
-        rests = self.host is None or self.options.device == "cpu"
-        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host, rests, habits)
+        return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host, habits)
 
     # ---- lifetime
 

@@ -155,6 +155,36 @@ def test_reading_ahead_pays_by_what_a_read_hides(read_us: float, gap_us: float, 
     assert set(offered) <= {1}
 
 
+@pytest.mark.parametrize(
+    ("miss_us", "upload_us", "read_us", "reads", "awake"),
+    [
+        (1e-6, 0.0, 1.0, 2, False),  # neither pays,
+        (400.0, 0.0, 1.0, 2, True),  # computing on the device does,
+        (1e-6, 0.0, 400.0, 32, True),  # reading ahead does,
+        (400.0, 1e12, 400.0, 32, True),  # though no copy comes in time,
+        (400.0, 1e12, 400.0, 0, False),  # but not where all is in memory
+    ],
+)
+def test_a_cache_before_a_file_rests_where_neither_pays(
+    miss_us: float, upload_us: float, read_us: float, reads: int, awake: bool
+) -> None:
+    """Catches a predictor that works for ever, or reads ahead while it rests, where a cache stands before a file."""
+    cache, ahead = Cache(price=0.25), list[int]()
+    host: Any = SimpleNamespace(
+        cache=Cache(), read_us=read_us, take_misses=lambda: reads, read_ahead=lambda layer, experts: ahead.append(layer)
+    )
+    lookahead = Lookahead(PREDICTORS["next_gate"], [E, E], [lambda: None, lambda: gate], host)
+    place = tier(cache, upload_us, miss_us)
+    run(lookahead, place, 31)
+    for tokens in (32, 32, 31):  # a judgement at the beginning of each, by these times
+        lookahead._spent[:], lookahead._gaps[:] = [20.0], [500.0]
+        ahead.clear()
+        cache.offered.clear()
+        run(lookahead, place, tokens, tokens)
+    assert (bool(ahead), bool(cache.offered)) == (awake, awake)
+    assert lookahead.layer_stats(1)["prefetching"] == awake
+
+
 def test_at_rest_it_measures_in_bursts() -> None:
     """Catches a predictor that works on although nothing can be won, and one that never looks again."""
     cache, lookahead = Cache(), make("blend")

@@ -243,6 +243,18 @@ def test_the_record_counts_as_sets_do(history, ids):
     assert fused.judged().tolist() == [offered_right, offered - offered_right]
 
 
+def test_what_would_be_written_out_of_bounds_is_refused():
+    """Slots behind the last layer, or of another layer, and hints of long steps: memory of others overwritten."""
+    forecaster, ids = Forecaster([4, 6], 1, rows=2), np.array([[0]])
+    for layer, slots in ((1, 4), (1, 6), (0, 4), (0, 7)):
+        with pytest.raises(ValueError, match=rf"slots of {slots} experts were given for layer {layer + 1}.* \[4, 6\]"):
+            forecaster.advance(layer, ids, None, np.full(slots, -1, np.int32), 0.0, 1)
+    with pytest.raises(ValueError, match="a hint about 3 tokens was given; at most 2"):
+        forecaster.advance(0, ids, Hint(NO_SCORES, np.zeros((3, 1), np.int32)), np.full(6, -1, np.int32), 0.0, 1)
+    assert forecaster.accuracy(1).forecasts == 0
+    assert len(forecaster.advance(1, ids, None, None, 0.0, 1)[0]) == 0
+
+
 def test_precision_is_that_of_late():
     """A layer that was wrong long ago and stays switched off, or was right and stays on."""
     forecaster = Forecaster([4, 4], 1)
