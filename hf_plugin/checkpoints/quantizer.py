@@ -42,6 +42,7 @@ from moebius.hf_plugin.running.runtime import default_threads
 from moebius.kernels.formats import FLOATS
 
 METHOD = "moebius"
+_TO_BE_INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")  # what transformers makes a device_map of
 
 
 @register_quantization_config(METHOD)
@@ -93,14 +94,19 @@ class MoebiusQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what would have accelerate copy weights to and fro; called with the map given and the one inferred."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
         kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
-        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+        if kinds & {"disk", "meta"} or ("cpu" in kinds and len(kinds) > 1):
             raise ValueError(
                 f"the device_map puts modules on {', '.join(sorted(kinds))}, so that accelerate would copy weights on "
                 "every call; experts need no place on a GPU, so give all other modules one (device_map='cuda:0'), "
                 "or none (device_map='cpu')"
             )
+        if not places:
+            raise ValueError("the device_map is empty: leave it out, or give device_map='cpu'")
+        for place in places:
+            if place is not None and place not in _TO_BE_INFERRED:
+                _check_there(place)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """For device_map="auto": experts take no room on any device."""
@@ -340,6 +346,17 @@ class MoebiusQuantizer(HfQuantizer):
                 f"the checkpoint in {self._folder} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it "
                 "is incomplete or belongs to another architecture; download or copy it again"
             )
+
+
+def _check_there(place: Any) -> None:
+    """Raise ValueError where a device of a device_map is none of this machine."""
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"the device_map puts modules on {place}, which is not there ({str(error).splitlines()[0]:.99}): leave it "
+            "out, or give device_map='cpu'"
+        ) from error
 
 
 def _weak(method: Callable[[HeldWeights], None]) -> Callable[[HeldWeights], None]:
