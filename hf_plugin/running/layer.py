@@ -129,12 +129,19 @@ class PatchedLayer:
         if self._identity_experts:
             ids = ids.clamp(max=self.store.num_experts)
         differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
-        if differentiable or torch.compiler.is_compiling():
+        if differentiable or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return experts(hidden, ids, weights, self.id)
         return self.compute(hidden, ids, weights)
 
     def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The routed experts' weighted outputs, [T, H] in the dtype of `hidden`; no gradients."""
+        parameters = self._owner()._parameters
+        for name in self.held.placeholders:
+            if (found := parameters.get(name)) is None or not found.is_meta:
+                raise RuntimeError(
+                    f"the patched experts of {self.name!r} were given another {name}, by an assignment, a functional "
+                    "call or a hook of accelerate, where it has no effect: unpatch the model first, then patch it again"
+                )
         return self.runtime.run(self, hidden, ids, weights)
 
     @property

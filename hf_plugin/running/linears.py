@@ -29,6 +29,7 @@ def _is_plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether both lie in host memory as they are, and nobody records, traces or casts what is done with them."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(x) is torch.Tensor
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype

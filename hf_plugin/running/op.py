@@ -24,7 +24,12 @@ def experts(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, laye
         weights: float [T, k].
         layer: id of the patched layer.
     """
-    return LAYERS[layer].compute(hidden, ids, weights)
+    if (found := LAYERS.get(layer)) is None:
+        raise RuntimeError(
+            "the patched model whose experts this graph calls was dropped or unpatched: keep it, patched, as long as "
+            "what was exported, traced or compiled from it is called"
+        )
+    return found.compute(hidden, ids, weights)
 
 
 @experts.register_fake
