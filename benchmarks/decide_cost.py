@@ -51,10 +51,9 @@ def time_policy(policy: ValuedPolicy, table: SlotTable, ids: np.ndarray) -> tupl
             missed = experts[~hit]
             slots = policy.place(table, layer, missed, Reason.ADMIT) if len(missed) else missed
             took.append((middle - begun, perf_counter() - middle))
-            for expert, slot in zip(missed.tolist(), slots.tolist(), strict=True) if len(missed) else ():
-                if slot >= 0:
-                    table.reserve(slot, layer, expert)
-                    table.publish(slot)
+            if len(missed):
+                table.reserve(layer, slots[slots >= 0], missed[slots >= 0].astype(np.int32))
+                table.publish(slots[slots >= 0])
     return np.array(took) * 1e6, hits
 
 

@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 PARTS: list[tuple[Any, str]] = [
     (Lookahead, "ask"),
     (dispatcher, "_cross"),
-    (dispatcher, "build_routes"),
+    (dispatcher, "sort_routes"),
     (LayerCache, "lookup"),
     (CostModel, "assign"),
     (dispatcher, "DeviceShare"),

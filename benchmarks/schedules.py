@@ -149,10 +149,8 @@ def layers_of(ids: np.ndarray, experts: int, rows: int) -> Iterator[Layer]:
             policy.used(layer, active, hit)
             missed = active[~hit]
             slots = policy.place(table, layer, missed, Reason.ADMIT) if len(missed) else missed
-            for expert, slot in zip(missed.tolist(), slots.tolist(), strict=True):
-                if slot >= 0:
-                    table.reserve(slot, layer, expert)
-                    table.publish(slot)
+            table.reserve(layer, slots[slots >= 0], missed[slots >= 0])
+            table.publish(slots[slots >= 0])
 
 
 def measure(costs: CostModel, layers: list[Layer]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ NAMES = ("used", "place", *TRANSITIONS)
 
 
 class _Row(NamedTuple):
-    """An event in numbers: slot, layer and expert or reason; experts or slots, what stands beside each, and answers."""
+    """An event in numbers: layer and reason; experts or slots, what stands beside each, and answers or slots."""
 
     scalars: list[int]
     numbers: np.ndarray
@@ -45,7 +45,6 @@ class EventLog:
     def __init__(self, experts: list[int], slots: int) -> None:
         self.experts, self.slots = experts, slots
         self.events: list[Event] = []
-        self._inside = False
 
     @classmethod
     def record(cls, pool: Pool) -> EventLog:
@@ -72,7 +71,7 @@ class EventLog:
             "shape": np.array([self.slots, *self.experts], np.int64),
             "name": np.array(names, np.uint8),
             "price": np.array([event.price for event in self.events]),
-            "scalars": np.array([row.scalars for row in rows], np.int64).reshape(-1, 3),
+            "scalars": np.array([row.scalars for row in rows], np.int64).reshape(-1, 2),
             "offsets": np.cumsum([0, *(len(row.numbers) for row in rows)]).astype(np.int64),
             "numbers": np.concatenate([*(row.numbers for row in rows), nothing]).astype(np.int32),
             "beside": np.concatenate([*(row.beside for row in rows), nothing]),
@@ -107,15 +106,10 @@ class EventLog:
         """The live answers to "place"."""
         return [event.slots for event in self.events if event.slots is not None]
 
-    def _watch(self, name: str, call: Callable[..., None], policy: CachePolicy) -> Callable[..., None]:
-        def watched(*arguments: Any) -> None:
-            outermost, self._inside = not self._inside, True
-            if outermost:  # `reserve` releases by itself
-                self.events.append(Event(name, _copied(arguments), policy.price))
-            try:
-                call(*arguments)
-            finally:
-                self._inside = not outermost
+    def _watch(self, name: str, call: Callable[..., Any], policy: CachePolicy) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            self.events.append(Event(name, _copied(arguments), policy.price))
+            return call(*arguments)
 
         return watched
 
@@ -157,28 +151,26 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _row(event: Event) -> _Row:
-    nothing = np.empty(0)
     if event.name == "used":
         layer, experts, hit = event.arguments
-        return _Row([0, layer, 0], experts, hit, np.full(len(experts), -1))
+        return _Row([layer, 0], experts, hit, np.full(len(experts), -1))
     if event.name == "place":
         layer, experts, reason, chances = event.arguments
         assert event.slots is not None
         beside = np.full(len(experts), np.nan) if chances is None else chances
-        return _Row([0, layer, reason], experts, beside, event.slots)
-    if event.name in ("pin", "unpin"):
-        (slots,) = event.arguments
-        return _Row([0, 0, 0], slots, np.full(len(slots), np.nan), np.full(len(slots), -1))
-    return _Row([*map(int, event.arguments), 0, 0][:3], nothing, nothing, nothing)
+        return _Row([layer, reason], experts, beside, event.slots)
+    if event.name == "reserve":
+        layer, slots, experts = event.arguments
+        return _Row([layer, 0], experts, np.full(len(experts), np.nan), slots)
+    (slots,) = event.arguments
+    return _Row([0, 0], slots, np.full(len(slots), np.nan), np.full(len(slots), -1))
 
 
 def _event(name: str, row: _Row, price: float) -> Event:
-    slot, layer, third = row.scalars
+    layer, reason = row.scalars
     if name == "used":
         return Event(name, (layer, row.numbers, row.beside.astype(bool)), price)
     if name == "place":
         chances = None if np.isnan(row.beside).any() else row.beside
-        return Event(name, (layer, row.numbers, Reason(third), chances), price, row.answers)
-    if name in ("pin", "unpin"):
-        return Event(name, (row.numbers,), price)
-    return Event(name, (slot, layer, third) if name == "reserve" else (slot,), price)
+        return Event(name, (layer, row.numbers, Reason(reason), chances), price, row.answers)
+    return Event(name, (layer, row.answers, row.numbers) if name == "reserve" else (row.numbers,), price)

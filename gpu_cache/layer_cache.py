@@ -94,7 +94,7 @@ class LayerCache:
         if onto is not None:
             work = partial(_add_to, onto, work)
         launch = self._device.compute(work, pool.arrivals(slots))
-        pool.read_by(slots, launch)
+        pool.launched(launch)
         return launch
 
     def wait(self, slots: np.ndarray) -> None:

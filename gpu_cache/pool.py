@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from moebius.gpu_cache.counters import Counters
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.policy import CachePolicy, Reason
 from moebius.gpu_cache.slots import SlotTable
+from moebius.gpu_cache.uploads import Upload, Uploads
 from moebius.gpu_cache.wishes import DEMAND, PREFETCH, Wish, Wishes
 
 logger = logging.getLogger(__name__)
@@ -21,18 +22,12 @@ FLYING_COPIES = 2  # see `Device.flying_bytes`
 # Admissions and prefetches that wait for their turn are bounded as well, since they grow stale: 64 MiB with the former.
 QUEUED_BYTES = 64 << 20
 
+# Launches of a pool that are known apart; they end in their order, so that whoever waits for an older one may as well
+# wait for the oldest of these.
+_LAUNCHES = 64
+
 # Told of each copy that begins: layer (the cache's number), its experts, why, and the copy.
 Watch = Callable[[int, list[int], Reason, Transfer], None]
-
-
-@dataclass(slots=True)
-class Upload:
-    """A copy under way."""
-
-    layer: int
-    expert: int
-    completion: Transfer
-    awaited: bool = False  # by a launch, which reports a failure itself
 
 
 class Pool:
@@ -66,10 +61,9 @@ class Pool:
         self.watch: Watch | None = None
         self._memory, self._experts = self.memory.unbind(), [layer.unbind() for layer in records]  # views, made once
         self._waiting = Wishes()
-        self._uploads: dict[int, Upload] = {}  # by slot
+        self._uploads = Uploads()
         self._pinned: dict[int, list[np.ndarray]] = {}  # slots, of each layer whose step is under way
-        self._readers: list[Completion | None] = [None] * slots  # last computation that reads each slot
-        self._unproven: np.ndarray = np.zeros(slots, bool)  # holds a prefetch that nobody has used
+        self._launches: deque[Completion] = deque(maxlen=_LAUNCHES)  # the last of them; `table.now` counts all
         half = max(1, slots // 2)
         self._flying_limit = min(half, max(FLYING_COPIES, device.flying_bytes // self.nbytes))
         self._queued_limit = min(half, max(FLYING_COPIES, QUEUED_BYTES // self.nbytes))
@@ -91,7 +85,7 @@ class Pool:
             The slots, int32 [n], -1 for none; pinned until `release` or `finish`.
         """
         self.sound = False
-        slots, proven = self.table.claim(layer, experts, self._unproven, loading)
+        slots, proven = self.table.claim(layer, experts, loading)
         self._pinned.setdefault(layer, []).append(slots.copy())  # the caller may change his
         if proven:
             self._counters.prefetch_used[self._layers[layer]] += proven
@@ -139,7 +133,7 @@ class Pool:
         Returns:
             How many of them are now under way or waiting, and were not before.
         """
-        wish, flying = Wish(layer, reason, experts, chances), len(self._uploads)
+        wish, flying = Wish(layer, reason, experts, chances), self._uploads.experts
         at_once = not self._waiting and flying + len(experts) <= self._flying_limit
         if at_once and not self.table.any_there(layer, experts):  # what decode mostly asks for
             return self._place(wish)
@@ -157,25 +151,26 @@ class Pool:
 
     def arrivals(self, slots: np.ndarray) -> list[Completion]:
         """Copies into `slots` that are still under way; the caller takes over the report of their failure."""
-        if not self._uploads:
-            return []
-        pending = [self._uploads[slot] for slot in slots.tolist() if slot in self._uploads]
+        pending = self._uploads.into(slots) if self._uploads else []
         for upload in pending:
             upload.awaited = True
-        return list(dict.fromkeys(upload.completion for upload in pending))
+        return [upload.completion for upload in pending]
 
-    def read_by(self, slots: np.ndarray, launch: Launch) -> None:
-        """Nothing may overwrite `slots`, of which negative ones are none, before `launch` has ended."""
-        completion = launch.completion
-        for slot in slots.tolist():
-            if slot >= 0:
-                self._readers[slot] = completion
+    def launched(self, launch: Launch) -> None:
+        """Nothing may overwrite slots that are pinned now before `launch` has ended."""
+        self._launches.append(launch.completion)
+        self.table.now += 1
+
+    def _readers(self, slots: np.ndarray) -> list[Completion | None]:
+        """What was the last launch when each slot was left, or as good as it."""
+        oldest = self.table.now - len(self._launches) + 1
+        return [self._launches[max(turn - oldest, 0)] if turn else None for turn in self.table.left[slots].tolist()]
 
     def drain(self) -> None:
         """Wait for all copies, those that wait included, and publish them; raises like `collect`."""
         failed: list[Upload] = []
         while self._uploads or self._waiting:
-            for upload in list(self._uploads.values()):
+            for upload in self._uploads:
                 upload.completion.wait()
             failed += self._reap()
             self._hand_over()
@@ -184,21 +179,20 @@ class Pool:
     def settle(self) -> None:
         """Wait for everything that reads or writes the memory, failures included."""
         self._device.finish_copies()
-        for under_way in [*(upload.completion for upload in self._uploads.values()), *self._readers]:
-            if under_way is not None:
-                under_way.wait()
+        for under_way in (*(upload.completion for upload in self._uploads), *self._launches):
+            under_way.wait()
 
     def reset(self) -> None:
         """Settle and forget all contents, pins included, in whatever state an interrupt has left them."""
         self.sound = False
         self.settle()
         self._cancel(range(self.table.layers))
-        for slot in np.flatnonzero(self._unproven & (self.table.key_of >= 0)).tolist():
-            self._count_waste(slot)
+        keys = self.table.key_of[self.table.marks]
+        self._count_waste(keys[keys >= 0])
         self._waiting.clear()
         self._uploads.clear()
+        self._launches.clear()
         self._pinned.clear()
-        self._unproven.fill(False)
         self.table.clear()
         self.sound = True
 
@@ -209,7 +203,7 @@ class Pool:
     def _hand_over(self) -> int:
         """Begin copies of what waits, prefetches first, while the device has few; how many."""
         begun = 0
-        while self._waiting and (room := self._flying_limit - len(self._uploads)) > 0:
+        while self._waiting and (room := self._flying_limit - self._uploads.experts) > 0:
             wish = self._waiting.take(room)
             absent = self.table.occupied(wish.layer, wish.experts) < 0  # others were demanded meanwhile
             begun += self._place(wish.part(absent))
@@ -219,10 +213,12 @@ class Pool:
         """Begin copies of the experts that the policy gives a slot; how many."""
         layer, reason, experts, chances = wish
         slots = self.policy.place(self.table, layer, experts, reason, chances)
-        given = [(slot, expert) for slot, expert in zip(slots.tolist(), experts.tolist(), strict=True) if slot >= 0]
-        # What a launch waits for may come as one copy; of others each shall be visible as soon as it can be.
-        for part in [given] if reason is DEMAND and given else [[one] for one in given]:
-            self._begin(part, layer, reason)
+        given = np.flatnonzero(slots >= 0)
+        if reason is DEMAND and len(given):  # what a launch waits for may come as one copy
+            self._begin(layer, slots[given], experts[given], reason)
+        elif len(given):  # of others each shall be visible as soon as it can be
+            for i in given.tolist():
+                self._begin(layer, slots[i : i + 1], experts[i : i + 1], reason)
         return len(given)
 
     def _cancel(self, layers: Sequence[int]) -> None:
@@ -232,55 +228,47 @@ class Pool:
 
     def _reap(self) -> list[Upload]:
         """Publish what has completed; the uploads that failed without anybody who waits for them."""
-        under_way = {upload.completion for upload in self._uploads.values()}
-        ended = {completion for completion in under_way if completion.done()}
-        if not ended:
-            return []
-        done = {slot: upload for slot, upload in self._uploads.items() if upload.completion in ended}
         self.sound = False
-        for slot, upload in done.items():
-            del self._uploads[slot]
+        ended = self._uploads.take_ended()
+        for upload in ended:
             if upload.completion.error is None:
-                self.table.publish(slot)
-                self._count_copy(upload)
+                self.table.publish(upload.slots)
+                self._count_copies(upload)
             else:
-                self._count_waste(slot)
-                self.table.release(slot)
+                marked = upload.slots[self.table.marks[upload.slots]]
+                self._count_waste(self.table.key_of[marked])
+                self.table.marks[marked] = False
+                self.table.release(upload.slots)
         self.sound = True
-        return [upload for upload in done.values() if upload.completion.error is not None and not upload.awaited]
+        return [upload for upload in ended if upload.completion.error is not None and not upload.awaited]
 
     def _report(self, failed: list[Upload]) -> None:
         if failed:
-            names = ", ".join(f"{upload.expert} of layer {self._layers[upload.layer]}" for upload in failed)
+            names = ", ".join(
+                f"{expert} of layer {self._layers[upload.layer]}" for upload in failed for expert in upload.experts
+            )
             raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
 
-    def _begin(self, given: list[tuple[int, int]], layer: int, reason: Reason) -> None:
-        """Begin the copies of experts of a layer into the slots that they are `given`."""
+    def _begin(self, layer: int, slots: np.ndarray, experts: np.ndarray, reason: Reason) -> None:
+        """Begin the copies of experts of a layer into these slots, int32 [n] both."""
         self.sound = False
-        for slot, expert in given:
-            self._count_waste(slot)
-            self.table.reserve(slot, layer, expert)  # makes the former expert invisible, before the copy starts
-        records = self._experts[layer]
+        self._count_waste(self.table.reserve(layer, slots, experts))  # hides who was there, before the copies begin
+        numbers, records = experts.tolist(), self._experts[layer]
+        targets, sources = [self._memory[slot] for slot in slots.tolist()], [records[expert] for expert in numbers]
         try:
-            copies = self._device.copy_all(
-                [self._memory[slot] for slot, _ in given], [records[expert] for _, expert in given],
-                [self._readers[slot] for slot, _ in given], reason is DEMAND,
-            )  # fmt: skip
+            copies = self._device.copy_all(targets, sources, self._readers(slots), reason is DEMAND)
         except Exception:
-            if len(given) > 1:  # some may have begun
+            if len(numbers) > 1:  # some may have begun
                 self._device.finish_copies()
-            for slot, _ in given:
-                self.table.release(slot)
+            self.table.release(slots)
             self.sound = True
             raise
-        for (slot, expert), copy in zip(given, copies, strict=True):
-            self._uploads[slot] = Upload(layer, expert, copy)
-            self._unproven[slot] = reason is PREFETCH
-        if self.watch is not None:
-            for copy in dict.fromkeys(copies):
-                experts = [expert for (_, expert), its in zip(given, copies, strict=True) if its is copy]
-                self.watch(self._layers[layer], experts, reason, copy)
-        self._count_uploads(self._layers[layer], reason, len(given))
+        if reason is PREFETCH:
+            self.table.marks[slots] = True
+        for upload in self._uploads.add(layer, numbers, slots, copies):
+            if self.watch is not None:
+                self.watch(self._layers[layer], upload.experts, reason, upload.completion)
+        self._count_uploads(self._layers[layer], reason, len(numbers))
         self.sound = True
 
     def _count_uploads(self, number: int, reason: Reason, count: int) -> None:
@@ -292,13 +280,13 @@ class Pool:
         elif reason is DEMAND:
             counters.demand_fetches[number] += count
 
-    def _count_copy(self, upload: Upload) -> None:
-        took = upload.completion.elapsed_us()
-        self._counters.copies[self._layers[upload.layer]] += 1
-        self._counters.copy_us[self._layers[upload.layer]] += took
-        self.copy_times.append(took)
+    def _count_copies(self, upload: Upload) -> None:
+        took, count = upload.completion.elapsed_us(), len(upload.experts)
+        self._counters.copies[self._layers[upload.layer]] += count
+        self._counters.copy_us[self._layers[upload.layer]] += count * took
+        self.copy_times += [took] * count
 
-    def _count_waste(self, slot: int) -> None:
-        if self._unproven[slot]:
-            self._counters.prefetch_wasted[self._layers[self.table.layer_and_expert(slot)[0]]] += 1
-            self._unproven[slot] = False
+    def _count_waste(self, keys: np.ndarray) -> None:
+        """Prefetched experts that nobody has used are given up, int64 [n]."""
+        for key in keys.tolist():
+            self._counters.prefetch_wasted[self._layers[self.table.layer_of(key)]] += 1

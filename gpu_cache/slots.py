@@ -8,24 +8,23 @@ from enum import IntEnum
 import numpy as np
 
 from moebius.kernels.numba import slots as compiled
+from moebius.kernels.numba.bundle import bundle
 
 
 class State(IntEnum):
     """Life of a slot: free -> loading (a copy is under way) -> ready (visible to lookups) -> free."""
 
-    FREE = 0
-    LOADING = 1
-    READY = 2
-
-
-_FREE, _LOADING, _READY = map(int, State)  # Python 3.11 takes 0.3 us to find a member of an enumeration
+    FREE = compiled.FREE
+    LOADING = compiled.LOADING
+    READY = compiled.READY
 
 
 class SlotTable:
     """A bijection between the occupied slots of a pool and the experts in them.
 
     All experts of the pool's layers are numbered through: expert e of layer l has key ``base[l] + e``, so that policies
-    can hold one flat array of values per pool. Transitions are checked; no method copies bytes.
+    can hold one flat array of values per pool. Transitions are checked; no method copies bytes. Slots and experts are
+    given as int32 [n], each once, and experts as numbers in their layer.
 
     Args:
         experts: number of experts E of each layer of the pool.
@@ -39,8 +38,13 @@ class SlotTable:
         self.slot_of: np.ndarray = np.full(total, -1, np.int32)  # of each key, loading or ready
         self.visible: np.ndarray = np.full(total, -1, np.int32)  # of each key, ready only
         self.key_of: np.ndarray = np.full(slots, -1, np.int64)  # of each slot
-        self.state: np.ndarray = np.full(slots, _FREE, np.uint8)
+        self.state: np.ndarray = np.full(slots, compiled.FREE, np.uint8)
         self.pins: np.ndarray = np.zeros(slots, np.int32)
+        self.marks: np.ndarray = np.zeros(slots, np.bool_)  # set by the owner, taken off by whoever finds the slot
+        self.left: np.ndarray = np.zeros(slots, np.int64)  # `now` when each slot was last unpinned
+        self.now = 0  # a count that the owner raises
+        arrays = self.slot_of, self.visible, self.key_of, self.state, self.pins, self.marks, self.left
+        self._words = bundle(arrays, compiled.KINDS)
 
     @property
     def slots(self) -> int:
@@ -67,76 +71,62 @@ class SlotTable:
         return self.slot_of[self._first[layer] + experts]
 
     def any_there(self, layer: int, experts: np.ndarray) -> bool:
-        """Whether any of the experts (int32 [n]) has a slot, ready or loading."""
-        return compiled.any_there(self.slot_of, self._first[layer], experts)
+        """Whether any of the experts has a slot, ready or loading."""
+        return compiled.any_there(self._words, self._first[layer], experts)
 
     def takeable(self) -> np.ndarray:
         """Slots that may be overwritten, bool [S]: free ones, and ready ones that nobody has pinned."""
-        return (self.state != _LOADING) & (self.pins == 0)
+        return (self.state != compiled.LOADING) & (self.pins == 0)
 
     def layer_of(self, key: int) -> int:
         """The layer of an expert's key."""
         return int(np.searchsorted(self.base, key, side="right")) - 1
 
-    def layer_and_expert(self, slot: int) -> tuple[int, int]:
-        """What occupies a slot."""
-        key = int(self.key_of[slot])
-        assert key >= 0, f"slot {slot} is free"
-        layer = self.layer_of(key)
-        return layer, key - int(self.base[layer])
+    def reserve(self, layer: int, slots: np.ndarray, experts: np.ndarray) -> np.ndarray:
+        """Give takeable slots to experts in no slot; the former occupants are invisible from here on.
 
-    def reserve(self, slot: int, layer: int, expert: int) -> None:
-        """Give a takeable slot to an expert that is in no slot; the former occupant is invisible from here on."""
-        key = self._first[layer] + expert
-        assert self.state[slot] != _LOADING, f"slot {slot} is loading"
-        assert self.pins[slot] == 0, f"slot {slot} is pinned"
-        assert self.slot_of[key] < 0, f"expert {expert} of layer {layer} has slot {self.slot_of[key]} already"
-        self.release(slot)
-        self.slot_of[key], self.key_of[slot], self.state[slot] = slot, key, _LOADING
+        Returns:
+            Keys of those of them that had a mark, int64 [m].
+        """
+        lost = compiled.reserve(self._words, self._first[layer], slots, experts)
+        sound = not len(lost) or lost[0] >= 0
+        assert sound, f"of slots {slots} for experts {experts}, one is loading, pinned, or another's already"
+        return lost
 
-    def publish(self, slot: int) -> None:
-        """Make a loaded slot visible: its copy has completed."""
-        assert self.state[slot] == _LOADING, f"slot {slot} is not loading"
-        self.state[slot] = _READY
-        self.visible[self.key_of[slot]] = slot
+    def publish(self, slots: np.ndarray) -> None:
+        """Make loaded slots visible: their copies have completed."""
+        loading = compiled.publish(self._words, slots)
+        assert loading, f"of slots {slots}, one was not loading"
 
-    def release(self, slot: int) -> None:
-        """Make a slot free, whatever it held."""
-        key = self.key_of[slot]
-        if key >= 0:
-            self.slot_of[key] = self.visible[key] = -1
-        self.key_of[slot], self.state[slot] = -1, _FREE
+    def release(self, slots: np.ndarray) -> None:
+        """Make slots free, whatever they held."""
+        compiled.release(self._words, slots)
 
     def clear(self) -> None:
         """Make all slots free and nobody's, whatever the table says."""
         for array in (self.slot_of, self.visible, self.key_of):
             array.fill(-1)
-        self.state.fill(_FREE)
+        self.state.fill(compiled.FREE)
         self.pins.fill(0)
+        self.marks.fill(False)
+        self.left.fill(0)
 
-    def claim(
-        self, layer: int, experts: np.ndarray, unproven: np.ndarray, loading: bool = False
-    ) -> tuple[np.ndarray, int]:
+    def claim(self, layer: int, experts: np.ndarray, loading: bool = False) -> tuple[np.ndarray, int]:
         """As `lookup`, or where `loading` is set as `occupied`, with a `pin` of the slots found.
 
-        Args:
-            unproven: bool [S]; of the slots found, marks are taken off.
-
         Returns:
-            The slots, int32 [n], and how many of them had a mark.
+            The slots, int32 [n], and how many of them had a mark, which is taken off.
         """
-        slots, marked = compiled.claim(
-            self.slot_of if loading else self.visible, self._first[layer], experts, self.pins, unproven
-        )
+        slots, marked = compiled.claim(self._words, self._first[layer], experts, loading)
         return slots, marked
 
     def pin(self, slots: np.ndarray) -> None:
-        """Protect distinct slots (int32 [n], -1 for none) from being overwritten until `unpin`; pins nest."""
-        compiled.pin(self.pins, slots, 1)
+        """Protect slots (-1 for none) from being overwritten until `unpin`; pins nest."""
+        compiled.pin(self._words, slots)
 
     def unpin(self, slots: np.ndarray) -> None:
         """Take back one `pin` of these slots."""
-        sound = compiled.pin(self.pins, slots, -1)
+        sound = compiled.unpin(self._words, slots, self.now)
         assert sound, "a slot was unpinned more often than pinned"
 
 

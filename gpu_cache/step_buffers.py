@@ -18,8 +18,9 @@ class _Plan(NamedTuple):
     """How tensors of certain shapes and dtypes cross."""
 
     order: list[int]
-    there: torch.Tensor  # uint8 [n] on the device
-    here: torch.Tensor  # uint8 [n], pinned
+    of_a_row: bool  # each tensor is one row, as it mostly is in decode, and need not be made flat
+    there: torch.Tensor  # uint8 [n] on the device, or [1, n]
+    here: torch.Tensor  # the same, pinned
     views: list[torch.Tensor]  # of it, as the tensors are
 
 
@@ -77,7 +78,8 @@ class StepBuffers:
             stream.wait_stream(self._stream)
         self._stream = stream
         plan = self._plan(tensors)
-        torch.cat(_bytes_of(tensors, plan.order), out=plan.there)
+        parts = [tensors[i].contiguous() if plan.of_a_row else tensors[i].ravel() for i in plan.order]
+        torch.cat([part.view(torch.uint8) for part in parts], -1, out=plan.there)
         self._driver.fetch(plan.here, plan.there)
         stream.synchronize()
         self._sending = None
@@ -87,13 +89,16 @@ class StepBuffers:
 
     def _plan(self, tensors: Sequence[torch.Tensor]) -> _Plan:
         """Where such tensors cross; decode asks for the same in every layer."""
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        key = tuple([(tensor.shape, tensor.dtype) for tensor in tensors])
         if (plan := self._plans.get(key)) is not None:
             return plan
         nbytes, order = sum(tensor.nbytes for tensor in tensors), _order(tensors)
         with torch.inference_mode(False):
             there, here = self._memory(0, nbytes)
-            plan = _Plan(order, there, here, _views(here, tensors, order))
+            views = _views(here, tensors, order)
+            if of_a_row := all(tensor.ndim == 2 and len(tensor) == 1 for tensor in tensors):
+                there, here = there[None], here[None]
+            plan = _Plan(order, of_a_row, there, here, views)
         if nbytes <= len(self._here[0]):
             if len(self._plans) == _PLANS:
                 self._plans.clear()
@@ -157,10 +162,6 @@ def _aligned(nbytes: int) -> int:
 def _order(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Wide elements first, so that each tensor begins at a multiple of its own."""
     return sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)
-
-
-def _bytes_of(tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:
-    return [tensors[i].ravel().view(torch.uint8) for i in order]
 
 
 def _views(memory: torch.Tensor, tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:

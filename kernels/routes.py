@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from moebius.kernels.numba.routing import keep_experts, sort_by_expert
+from moebius.kernels.numba import routing
+
+_ID_BYTES = {torch.int64: 8, torch.int32: 4}
+_WEIGHT_KINDS = {torch.float32: routing.FP32, torch.bfloat16: routing.BF16, torch.float16: routing.FP16}
 
 
 class Routes(NamedTuple):
@@ -39,16 +43,45 @@ def build_routes(ids: np.ndarray, weights: np.ndarray, num_experts: int) -> Rout
         TypeError: ids that are not integers.
         ValueError: ids outside -1..E, or shapes that differ.
     """
-    if ids.shape != weights.shape or ids.ndim != 2:
-        raise ValueError(f"top-k ids {ids.shape} and weights {weights.shape} must have the same shape [T, k]")
+    _check_shapes(ids, weights)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"top-k ids must be integers, not {ids.dtype}")
-    routes = Routes(
-        *sort_by_expert(np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32), num_experts)
-    )
+    ids, weights = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
+    places = ids.ctypes.data, 8, weights.ctypes.data, routing.FP32
+    return _check_range(Routes(*routing.sort_by_expert(*places, *ids.shape, num_experts)), ids, num_experts)
+
+
+def sort_routes(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routes:
+    """`build_routes` for tensors in host memory, as they are: decode does it in every layer.
+
+    Raises:
+        TypeError, ValueError: as `build_routes`, and ValueError for tensors elsewhere.
+    """
+    _check_shapes(ids, weights)
+    if not (ids.is_cpu and weights.is_cpu):
+        raise ValueError(f"top-k ids and weights must be in host memory, not on {ids.device} and {weights.device}")
+    if ids.dtype not in _ID_BYTES:
+        if ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"top-k ids must be integers, not {ids.dtype}")
+        ids = ids.long()
+    if weights.dtype not in _WEIGHT_KINDS:
+        weights = weights.float()
+    ids, weights = ids.contiguous(), weights.contiguous()
+    places = ids.data_ptr(), _ID_BYTES[ids.dtype], weights.data_ptr(), _WEIGHT_KINDS[weights.dtype]
+    return _check_range(Routes(*routing.sort_by_expert(*places, *ids.shape, num_experts)), ids, num_experts)
+
+
+def _check_shapes(ids: np.ndarray | torch.Tensor, weights: np.ndarray | torch.Tensor) -> None:
+    if ids.shape != weights.shape or ids.ndim != 2:
+        raise ValueError(
+            f"top-k ids {tuple(ids.shape)} and weights {tuple(weights.shape)} must have the same shape [T, k]"
+        )
+
+
+def _check_range(routes: Routes, ids: np.ndarray | torch.Tensor, num_experts: int) -> Routes:
     if not len(routes.offsets):
         raise ValueError(
-            f"expert ids from {ids.min()} to {ids.max()} were routed, but 0..{num_experts - 1} exist "
+            f"expert ids from {int(ids.min())} to {int(ids.max())} were routed, but 0..{num_experts - 1} exist "
             f"(-1 and {num_experts} mean no expert): the router and the experts do not belong together"
         )
     return routes
@@ -58,4 +91,4 @@ def select(routes: Routes, mask: np.ndarray) -> Routes:
     """The part of `routes` whose experts have a true entry in `mask` (bool [A])."""
     if mask.shape != routes.experts.shape:
         raise ValueError(f"the mask has the shape {mask.shape}, but {len(routes.experts)} experts are active")
-    return Routes(*keep_experts(*routes, np.ascontiguousarray(mask, np.bool_)))
+    return Routes(*routing.keep_experts(*routes, np.ascontiguousarray(mask, np.bool_)))

@@ -8,17 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moebius.kernels.numba.split import (
-    CPU_START,
-    GPU_START,
-    RATES,
-    SLOWDOWN,
-    UPLOAD,
-    assign,
-    costs,
-    finish,
-    observe,
-)
+from moebius.kernels.numba.split import assign, costs, finish, observe
 from moebius.kernels.routes import Routes, select
 
 TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
@@ -93,10 +83,10 @@ class Assignment(NamedTuple):
 
     on_device: np.ndarray  # bool [A]
     there: np.ndarray  # whether each expert is in a slot, wherever it is computed, bool [A]
-    tokens: np.ndarray  # of each expert, int64 [A]
+    tokens: np.ndarray  # of each expert, int32 [A]
     fetches: np.ndarray  # indices of the device's experts that have to be brought there, heaviest first, int64 [n]
+    absent: np.ndarray  # experts that are in no slot, int32 [n]
     residents: int  # the device's others
-    absent: int  # experts that are in no slot
     hits: int  # token-expert pairs of those that are
     on_cpu: Routes  # the CPU's part
 
@@ -106,9 +96,9 @@ class Assignment(NamedTuple):
         there, tokens = slots >= 0, _counts(routes.counts)
         fetches = np.flatnonzero(on_device & ~there)
         heaviest_first = fetches[np.argsort(-tokens[fetches], kind="stable")]
-        residents, absent = int((on_device & there).sum()), int((~there).sum())
-        hits, on_cpu = int(tokens[there].sum()), select(routes, ~on_device)
-        return cls(on_device, there, tokens, heaviest_first, residents, absent, hits, on_cpu)
+        residents, hits = int((on_device & there).sum()), int(tokens[there].sum())
+        absent, on_cpu = routes.experts[~there], select(routes, ~on_device)
+        return cls(on_device, there, tokens, heaviest_first, absent, residents, hits, on_cpu)
 
 
 @dataclass(slots=True)
@@ -128,7 +118,6 @@ class CostModel:
     upload_us: float
     slowdown: float = 1.0
     upload_error: Error = field(default_factory=Error)
-    _rates: np.ndarray = field(init=False, repr=False, default_factory=lambda: np.empty(RATES))
 
     def assign(self, routes: Routes, slots: np.ndarray) -> Assignment:
         """Which experts the device should compute, so that the later of both processors is done first.
@@ -141,19 +130,17 @@ class CostModel:
             routes: of A experts.
             slots: of each active expert, int32 [A]; -1 for those that are not on the device.
         """
-        found = assign(*routes, slots, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
-        on_device, there, tokens, fetches, residents, absent, hits, *on_cpu = found
-        return Assignment(on_device, there, tokens, fetches, residents, absent, hits, Routes(*on_cpu))
+        found = assign(*routes, slots, KNOTS, self.cpu.curve, self.gpu.curve, *self._rates)
+        on_device, there, tokens, fetches, absent, residents, hits, *on_cpu = found
+        return Assignment(on_device, there, tokens, fetches, absent, residents, hits, Routes(*on_cpu))
 
     def finish(self, tokens: np.ndarray, resident: np.ndarray, on_device: np.ndarray) -> float:
         """Microseconds of a layer whose experts run where `on_device` (bool [A]) says."""
-        return finish(on_device, _counts(tokens), resident, KNOTS, self.cpu.curve, self.gpu.curve, self._current())
+        return finish(on_device, _counts(tokens), resident, KNOTS, self.cpu.curve, self.gpu.curve, *self._rates)
 
-    def _current(self) -> np.ndarray:
-        rates = self._rates
-        rates[UPLOAD], rates[SLOWDOWN] = self.upload_us, self.slowdown
-        rates[CPU_START], rates[GPU_START] = self.cpu.start_us, self.gpu.start_us
-        return rates
+    @property
+    def _rates(self) -> tuple[float, float, float, float]:
+        return self.upload_us, self.slowdown, self.cpu.start_us, self.gpu.start_us
 
     def observe_cpu(self, tokens: np.ndarray, took_us: float, copying_us: float) -> None:
         """The CPU computed experts of these numbers of tokens, beside demand copies of `copying_us` microseconds.
@@ -212,4 +199,4 @@ def slowdown(alone_us: float, took_us: float, copying_us: float) -> float:
 
 
 def _counts(tokens: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(tokens, np.int64)
+    return np.ascontiguousarray(tokens, np.int32)

@@ -17,7 +17,7 @@ from moebius.gpu_cache.device import Timed
 from moebius.hf_plugin.running.crossing import send, to_host, zeros
 from moebius.hf_plugin.running.streaming import DeviceShare, Launched
 from moebius.hf_plugin.running.timeline import CPU, DEVICE, LAYERS
-from moebius.kernels.routes import Routes, build_routes, select
+from moebius.kernels.routes import Routes, select, sort_routes
 from moebius.predictors.costs import Assignment, CostModel
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
     x: torch.Tensor  # [T, H] where the model computes
     host_x: torch.Tensor  # the same in host memory
-    ids: np.ndarray  # [T, k]
+    ids: torch.Tensor  # [T, k] in host memory
     routes: Routes
     question: Question | None  # about the next layer
 
@@ -98,14 +98,13 @@ def run_layer(
     begun = perf_counter()
     tier, lookahead = runtime.tiers.get(layer.index), runtime.lookahead
     question = None if lookahead is None else lookahead.ask(layer.index, x, tier)
-    host_x, found_ids, found_weights, *answer = _cross(tier, [x, ids, weights, *(question.asked if question else ())])
+    host_x, host_ids, host_weights, *answer = _cross(tier, [x, ids, weights, *(question.asked if question else ())])
     if question is not None and answer:
         question = question._replace(asked=tuple(answer))
-    host_ids, host_weights = found_ids.numpy(), found_weights.float().numpy()
-    routes = build_routes(host_ids, host_weights, layer.store.num_experts)
+    routes = sort_routes(host_ids, host_weights, layer.store.num_experts)
     step = Step(x, host_x, host_ids, routes, question)
     if runtime.recorder is not None:
-        runtime.recorder.record(layer.index, host_ids, host_weights)
+        runtime.recorder.record(layer.index, host_ids.numpy(), host_weights.float().numpy())
     counters = runtime.counters[layer.index]
     counters.tokens += layer.tokens(x.shape[0])
     hits, misses = counters.hits, counters.misses
@@ -129,7 +128,7 @@ def _on_cpu_alone(runtime: ModelRuntime, layer: PatchedLayer, step: Step) -> tor
 def _cross(tier: Tier | None, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors in host memory until the next step, through the buffers that the cache's device keeps for that."""
     buffers = None if tier is None else tier.cache.buffers
-    if tier is not None and buffers is not None and all(tensor.device == tier.device for tensor in tensors):
+    if tier is not None and buffers is not None and tensors[0].device == tier.device:
         return buffers.to_host(tensors)
     return to_host(*tensors)
 
@@ -144,7 +143,7 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
         counters.misses += len(routes.tokens) - wanted.hits
         share = DeviceShare(cache, step.x.to(tier.device), routes, slots, wanted)
         if runtime.lookahead is not None:
-            runtime.lookahead.missed(wanted.absent)
+            runtime.lookahead.missed(len(wanted.absent))
         if step.question is not None:
             _foresee(runtime, step.question, index, step.ids)
         cache.used(routes.experts, wanted.there)  # while the device computes
@@ -152,8 +151,9 @@ def _on_both(runtime: ModelRuntime, tier: Tier, layer: PatchedLayer, step: Step)
         merged = _merge(runtime, tier, index, share.launched, out, step.x)
     finally:
         cache.finish()
-    if wanted.absent:
-        cache.admit(routes.experts[~(wanted.there | share.fetched)])
+    if len(wanted.absent):
+        left = routes.experts[~(wanted.there | share.fetched)] if len(wanted.fetches) else wanted.absent
+        cache.admit(left)
     tier.observe_copies()
     return merged
 
@@ -170,7 +170,7 @@ def _on_cpu_meanwhile(
         return None  # and nothing to send back
     buffers = tier.cache.buffers
     out = zeros(step.host_x, tier.device) if buffers is None else buffers.zeros(*step.host_x.shape)
-    tokens = wanted.tokens[~wanted.on_device]
+    tokens = mine.counts
     for part in _parts(tier, mine, tokens) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step.host_x, part, out)
         share.advance()
@@ -244,6 +244,6 @@ def _merge(
     return total.to(x.device)
 
 
-def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: np.ndarray) -> None:
+def _foresee(runtime: ModelRuntime, question: Question, index: int, ids: torch.Tensor) -> None:
     assert runtime.lookahead is not None
-    runtime.lookahead.foresee(question, index, ids, runtime.tiers.get(index + 1))
+    runtime.lookahead.foresee(question, index, ids.numpy(), runtime.tiers.get(index + 1))

@@ -10,6 +10,7 @@ import torch
 
 from moebius.gpu_cache.device import Launch
 from moebius.gpu_cache.layer_cache import LayerCache
+from moebius.kernels.numba.slots import scatter
 from moebius.kernels.routes import Routes
 from moebius.predictors.costs import Assignment
 
@@ -26,11 +27,11 @@ class Launched(NamedTuple):
 
     launch: Launch
     slots: np.ndarray  # of each of the step's experts, int32 [A]; -1 for those that it does not compute
-    tokens: np.ndarray  # of each of the step's experts, int64 [A]
+    tokens: np.ndarray  # of each of the step's experts, int32 [A]
 
     @property
     def computed(self) -> np.ndarray:
-        """Tokens of each expert that it computes, int64 [n]."""
+        """Tokens of each expert that it computes, int32 [n]."""
         return self.tokens[self.slots >= 0]
 
 
@@ -60,7 +61,7 @@ class DeviceShare:
         self._residents: np.ndarray = slots  # pinned until they, too, are needed as a window
         self.fetched = np.zeros(len(slots), bool)
         if wanted.residents:  # those that the CPU takes over are left out
-            all_of_them = wanted.residents + wanted.absent == len(slots)
+            all_of_them = wanted.residents + len(wanted.absent) == len(slots)
             self._launch(slots if all_of_them else np.where(wanted.on_device, slots, _ABSENT))
         self.advance()
 
@@ -74,16 +75,17 @@ class DeviceShare:
         while self.waiting and self._make_room(wait):
             wait = False
             chunk, rest = self._waiting[: self._chunk], self._waiting[self._chunk :]
-            where = np.full(len(self.fetched), _ABSENT)
-            where[chunk] = slots = self._cache.fetch(self._routes.experts[chunk])
-            got = slots >= 0
-            if not got.any():
-                self._shrink()
-                continue
-            self._waiting = rest if got.all() else np.concatenate([chunk[~got], rest])
-            self.fetched |= where >= 0
-            self._under_way.append(slots[got])
-            self._launch(where)
+            slots = self._cache.fetch(self._routes.experts[chunk])
+            if len(missing := np.flatnonzero(slots < 0)):
+                if len(missing) == len(chunk):
+                    self._shrink()
+                    continue
+                rest = np.concatenate([chunk[missing], rest])
+                chunk, slots = chunk[slots >= 0], slots[slots >= 0]
+            self._waiting = rest
+            self.fetched[chunk] = True
+            self._under_way.append(slots)
+            self._launch(scatter(len(self.fetched), chunk, slots))
 
     def _shrink(self) -> None:
         """There are no more slots than those under way; without any, the residents', which are launched, must do."""

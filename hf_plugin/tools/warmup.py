@@ -19,6 +19,7 @@ from moebius.hf_plugin.discovery.sites import find_sites
 from moebius.hf_plugin.options import Options
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS
+from moebius.kernels.numba.slots import scatter
 from moebius.kernels.packing import pack
 from moebius.kernels.routes import build_routes, select
 from moebius.predictors.costs import CostModel, ExpertCost
@@ -108,8 +109,13 @@ def _use_policy() -> None:
     table, slots = SlotTable([_EXPERTS], 1), np.zeros(1, np.int32)
     policy.place(table, 0, experts, Reason.ADMIT)
     table.pin(slots)
-    table.claim(0, experts, np.zeros(1, bool))
+    table.unpin(slots)
+    table.claim(0, experts)
     table.any_there(0, experts)
+    table.release(slots)
+    table.reserve(0, slots, experts)
+    table.publish(slots)
+    scatter(1, np.zeros(1, np.int64), slots)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
     routes = build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), 1)

@@ -5,24 +5,41 @@ from __future__ import annotations
 import numpy as np
 
 from moebius.kernels.numba.jit import entry, helper
+from moebius.kernels.numba.memory import peek, widen
+
+FP32, BF16, FP16 = range(3)  # kinds of weights
 
 
-@entry("Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))(int64[:,::1], float32[:,::1], int64)")
-def sort_by_expert(ids, weights, num_experts):  # type: ignore[no-untyped-def]
+@helper
+def _id(ids, nbytes, i):  # type: ignore[no-untyped-def]
+    return peek(ids + 8 * i, np.int64(0)) if nbytes == 8 else np.int64(peek(ids + 4 * i, np.int32(0)))
+
+
+@helper
+def _weight(weights, kind, i):  # type: ignore[no-untyped-def]
+    if kind == FP32:
+        return peek(weights + 4 * i, np.float32(0))
+    return widen(peek(weights + 2 * i, np.uint16(0))) if kind == BF16 else widen(peek(weights + 2 * i, np.int16(0)))
+
+
+@entry("Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))(int64, int64, int64, int64, int64, int64, int64)")
+def sort_by_expert(ids, nbytes, weights, kind, tokens, k, num_experts):  # type: ignore[no-untyped-def]
     """Counting sort of the pairs that have an expert and a weight.
+
+    Args:
+        ids: address of int32 or int64 [T, k], of `nbytes` each.
+        weights: address of so many of this `kind`.
 
     Returns the four arrays of `Routes`; empty `offsets` mean that an id is outside -1..E.
     """
-    tokens, k = ids.shape
     start = np.zeros(num_experts + 1, np.int32)  # start[e + 1] counts e, then becomes where e's next pair goes
-    for t in range(tokens):
-        for rank in range(k):
-            expert = ids[t, rank]
-            if expert < -1 or expert > num_experts:
-                nothing = np.empty(0, np.int32)
-                return nothing, nothing, nothing, np.empty(0, np.float32)
-            if expert >= 0 and expert < num_experts and weights[t, rank] != 0:
-                start[expert + 1] += 1
+    for i in range(tokens * k):
+        expert = _id(ids, nbytes, i)
+        if expert < -1 or expert > num_experts:
+            nothing = np.empty(0, np.int32)
+            return nothing, nothing, nothing, np.empty(0, np.float32)
+        if expert >= 0 and expert < num_experts and _weight(weights, kind, i) != 0:
+            start[expert + 1] += 1
     active = 0
     for expert in range(num_experts):
         active += start[expert + 1] > 0
@@ -39,7 +56,7 @@ def sort_by_expert(ids, weights, num_experts):  # type: ignore[no-untyped-def]
     pair_tokens, pair_weights = np.empty(total, np.int32), np.empty(total, np.float32)
     for t in range(tokens):
         for rank in range(k):
-            expert, weight = ids[t, rank], weights[t, rank]
+            expert, weight = _id(ids, nbytes, t * k + rank), _weight(weights, kind, t * k + rank)
             if expert >= 0 and expert < num_experts and weight != 0:
                 pair_tokens[start[expert]], pair_weights[start[expert]] = t, weight
                 start[expert] += 1

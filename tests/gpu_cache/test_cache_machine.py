@@ -167,13 +167,13 @@ class Machine(RuleBasedStateMachine):
         for pool in self.cache._pools:
             queued = [(wish.layer, expert) for wish in pool._waiting._waiting for expert in wish.experts.tolist()]
             assert len(set(queued)) == len(queued)
-            waiting, flying = len(queued), len(pool._uploads)
+            waiting, flying = len(queued), pool._uploads.experts
             assert waiting == 0 or waiting + flying <= max(pool._queued_limit, flying)
 
     @invariant()
     def prefetches_add_up(self) -> None:
         counters = self.cache.counters
-        open_ends = sum(int(pool._unproven.sum()) for pool in self.cache._pools)
+        open_ends = sum(int(pool.table.marks.sum()) for pool in self.cache._pools)
         assert (
             counters.prefetch_issued.sum() == counters.prefetch_used.sum() + counters.prefetch_wasted.sum() + open_ends
         )

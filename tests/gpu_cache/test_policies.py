@@ -13,10 +13,8 @@ from moebius.gpu_cache.slots import SlotTable
 
 
 def load(table: SlotTable, layer: int, experts: np.ndarray, slots: np.ndarray) -> int:
-    for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-        if slot >= 0:
-            table.reserve(slot, layer, expert)
-            table.publish(slot)
+    table.reserve(layer, slots[slots >= 0], experts[slots >= 0])
+    table.publish(slots[slots >= 0])
     return int((slots >= 0).sum())
 
 

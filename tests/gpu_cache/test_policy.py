@@ -16,10 +16,8 @@ def some(*experts: int) -> np.ndarray:
 
 
 def load(table: SlotTable, layer: int, experts: np.ndarray, slots: np.ndarray) -> None:
-    for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-        if slot >= 0:
-            table.reserve(slot, layer, expert)
-            table.publish(slot)
+    table.reserve(layer, slots[slots >= 0], experts[slots >= 0])
+    table.publish(slots[slots >= 0])
 
 
 def step(policy, table: SlotTable, layer: int, experts: np.ndarray) -> int:
@@ -115,12 +113,10 @@ def test_every_policy_keeps_the_rules(name, data):
         taken = chosen[chosen >= 0]
         assert takeable[taken].all()
         assert len(set(taken.tolist())) == len(taken)
-        for expert, slot in zip(missed.tolist(), chosen.tolist(), strict=True):
-            if slot >= 0:
-                table.reserve(slot, layer, expert)
+        table.reserve(layer, taken, missed[chosen >= 0])
         for slot in np.flatnonzero(table.state == State.LOADING):
             if data.draw(st.booleans()):
-                table.publish(int(slot))
+                table.publish(some(slot))
         table.pins[:] = data.draw(st.lists(st.integers(0, 1), min_size=slots, max_size=slots))
 
 

@@ -23,20 +23,20 @@ def some(*experts: int) -> np.ndarray:
 def test_visible_only_between_publish_and_the_next_reserve():
     """A slot that lookups see while its bytes are incomplete or already leaving."""
     table = SlotTable(EXPERTS, 2)
-    table.reserve(1, 1, 4)
+    table.reserve(1, some(1), some(4))
     assert table.lookup(1, some(4)).tolist() == [-1]
     assert table.occupied(1, some(4)).tolist() == [1]
-    table.publish(1)
+    table.publish(some(1))
     assert table.lookup(1, some(3, 4)).tolist() == [-1, 1]
-    table.reserve(1, 0, 2)
+    table.reserve(0, some(1), some(2))
     assert table.lookup(1, some(4)).tolist() == [-1]
-    assert table.layer_and_expert(1) == (0, 2)
+    assert table.occupied(0, some(2)).tolist() == [1]
 
 
 def test_same_expert_number_in_two_layers_is_two_experts():
     table = SlotTable(EXPERTS, 2)
-    table.reserve(0, 0, 1)
-    table.publish(0)
+    table.reserve(0, some(0), some(1))
+    table.publish(some(0))
     assert table.lookup(1, some(1)).tolist() == [-1]
 
 
@@ -51,6 +51,44 @@ def test_pins_nest():
         table.unpin(some(1))
 
 
+def test_no_transition_that_would_lose_an_expert():
+    """A slot given away while it is loading, in use, or for an expert that has one; a copy that ends twice."""
+    table = SlotTable(EXPERTS, 3)
+    assert len(table.reserve(0, some(0), some(0))) == 0
+    for slots, experts in ((some(0), some(1)), (some(1), some(0)), (some(2, 2), some(1, 2))):
+        with pytest.raises(AssertionError, match="one is loading, pinned, or another's already"):
+            table.reserve(0, slots, experts)
+    table.publish(some(0))
+    with pytest.raises(AssertionError, match="one was not loading"):
+        table.publish(some(0))
+    table.pin(some(0))
+    with pytest.raises(AssertionError, match="pinned"):
+        table.reserve(0, some(0), some(1))
+
+
+def test_marks_are_taken_off_once():
+    """A prefetch counted as used twice, as used and wasted, or not at all."""
+    table = SlotTable(EXPERTS, 3)
+    table.reserve(1, some(0, 1), some(2, 3))
+    table.marks[[0, 1]] = True
+    assert table.claim(1, some(2, 3))[1] == 0
+    assert table.claim(1, some(2), loading=True)[1] == 1
+    assert table.claim(1, some(2), loading=True)[1] == 0
+    table.publish(some(0, 1))
+    table.unpin(some(0, 0))
+    assert table.reserve(0, some(0, 1), some(0, 1)).tolist() == [3 + 3]
+
+
+def test_a_slot_knows_when_it_was_left():
+    """A copy that does not wait for the launch which still reads its slot."""
+    table = SlotTable(EXPERTS, 3)
+    for now, slots in ((1, some(0, 1)), (2, some(1, -1))):
+        table.pin(slots)
+        table.now = now
+        table.unpin(slots)
+    assert table.left.tolist() == [1, 2, 0]
+
+
 class Table(RuleBasedStateMachine):
     """The table against a dict of what is where."""
 
@@ -63,19 +101,19 @@ class Table(RuleBasedStateMachine):
     def reserve(self, slot: int, layer: int, expert: int) -> None:
         elsewhere = (layer, expert) in [content[:2] for content in self.content.values()]
         if expert < EXPERTS[layer] and not elsewhere and self.table.takeable()[slot]:
-            self.table.reserve(slot, layer, expert)
+            self.table.reserve(layer, some(slot), some(expert))
             self.content[slot] = (layer, expert, False)
 
     @precondition(lambda self: any(not ready for *_, ready in self.content.values()))
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from([slot for slot, (*_, ready) in self.content.items() if not ready]))
-        self.table.publish(slot)
+        self.table.publish(some(slot))
         self.content[slot] = (*self.content[slot][:2], True)
 
     @rule(slot=st.integers(0, 3))
     def release(self, slot: int) -> None:
-        self.table.release(slot)
+        self.table.release(some(slot))
         self.content.pop(slot, None)
 
     @invariant()

@@ -176,7 +176,7 @@ def test_a_cache_before_a_file_rests_where_neither_pays(
     lookahead = Lookahead(PREDICTORS["next_gate"], [E, E], [lambda: None, lambda: gate], host)
     place = tier(cache, upload_us, miss_us)
     run(lookahead, place, 31)
-    for tokens in (32, 32, 31):  # a judgement at the beginning of each, by these times
+    for tokens in (32, 32, 32, BURST):  # a judgement at the beginning of each, by these times; the last are foreseen
         lookahead._spent[:], lookahead._gaps[:] = [20.0], [500.0]
         ahead.clear()
         cache.offered.clear()

@@ -18,6 +18,7 @@ from moebius.hf_plugin.profile import Profile, read_profile
 from moebius.hf_plugin.tools.trace_file import Trace, read_trace
 from moebius.predictors.forecaster import Forecaster
 from tests import zoo
+from tests.gpu_cache.layers import some
 from tests.hf_plugin.helpers import EMULATED, logits, patched
 
 EXCERPT = Path(__file__).parents[1] / "data" / "traces" / "gpt_oss_20b_excerpt.npz"
@@ -42,18 +43,16 @@ def costs(held_out: Trace, uses: list[np.ndarray] | None, slots: int) -> np.ndar
             for layer, use in enumerate(uses):
                 policy.start_from(layer, use)
             for slot, key in enumerate(np.argsort(-np.concatenate(uses))[: table.slots].tolist()):
-                table.reserve(slot, key // held_out.experts, key % held_out.experts)
-                table.publish(slot)
+                table.reserve(key // held_out.experts, some(slot), some(key % held_out.experts))
+                table.publish(some(slot))
         for number, token in enumerate(held_out.ids[start : start + 150]):
             for layer, used in enumerate(token):
                 hit = table.lookup(layer, used) >= 0
                 policy.used(layer, used, hit)
                 missed = used[~hit]
                 chosen = policy.place(table, layer, missed, Reason.ADMIT)
-                for expert, slot in zip(missed.tolist(), chosen.tolist(), strict=True):
-                    if slot >= 0:
-                        table.reserve(slot, layer, expert)
-                        table.publish(slot)
+                table.reserve(layer, chosen[chosen >= 0], missed[chosen >= 0])
+                table.publish(chosen[chosen >= 0])
                 found[int(number >= 50)] += len(missed) + int((chosen >= 0).sum())
     return found
 
@@ -114,8 +113,8 @@ def test_policies_remember_what_was_used(name: str) -> None:
     again = make_policy(name, [3, 4])
     again.start_from(0, np.array([0.0, 0.9, 0.1]))
     table = SlotTable([3, 4], 1)
-    table.reserve(0, 0, 1)
-    table.publish(0)
+    table.reserve(0, some(0), some(1))
+    table.publish(some(0))
     assert again.place(table, 0, np.array([2], np.int32), Reason.ADMIT).tolist() == [-1]
 
 

@@ -163,11 +163,10 @@ def test_replay_decides_as_the_policy_class_does(name):
             assert (outcome[token, layer] == hit).all()
             policy.used(layer, experts, hit)
             missed = experts[~hit]
-            for expert, slot in zip(missed, policy.place(table, layer, missed, Reason.ADMIT), strict=True):
-                if slot >= 0:
-                    table.reserve(int(slot), layer, int(expert))
-                    table.publish(int(slot))
-                    uploads += 1
+            slots = policy.place(table, layer, missed, Reason.ADMIT)
+            table.reserve(layer, slots[slots >= 0], missed[slots >= 0].astype(np.int32))
+            table.publish(slots[slots >= 0])
+            uploads += int((slots >= 0).sum())
     assert uploads == counts[:, UPLOADS].sum()
 
 
