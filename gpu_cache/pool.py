@@ -247,7 +247,8 @@ class Pool:
             names = ", ".join(
                 f"{expert} of layer {self._layers[upload.layer]}" for upload in failed for expert in upload.experts
             )
-            raise RuntimeError(f"uploading expert {names} to the device failed") from failed[0].completion.error
+            error = failed[0].completion.error
+            raise RuntimeError(f"copying expert {names} into the cache failed: {error}") from error
 
     def _begin(self, layer: int, slots: np.ndarray, experts: np.ndarray, reason: Reason) -> None:
         """Begin the copies of experts of a layer into these slots, int32 [n] both."""

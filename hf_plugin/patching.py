@@ -19,7 +19,7 @@ from moebius.hf_plugin.discovery.gates import parent_of
 from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites
 from moebius.hf_plugin.options import Options, parse_memory, unknown_option
 from moebius.hf_plugin.profile import read_profile
-from moebius.hf_plugin.running import linears, memory_guard
+from moebius.hf_plugin.running import file_check, linears, memory_guard
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.running.memory_guard import GuardedForward
@@ -96,6 +96,7 @@ def start(model: nn.Module, layers: list[PatchedLayer], options: Options, file: 
     runtime.open()
     if options.device != "cpu":
         GuardedForward(model, runtime).install()
+    file_check.install(model, runtime)
     for module in model.modules():
         if options.device == "cpu":
             linears.install(module)
@@ -273,6 +274,7 @@ def _give_back(model: nn.Module, layers: list[PatchedLayer]) -> None:
 
 
 def _restore_methods(module: nn.Module) -> None:
+    file_check.remove(module)
     linears.remove(module)
     memory_guard.remove(module)
     saving.remove(module)

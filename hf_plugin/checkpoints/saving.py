@@ -128,6 +128,7 @@ class Plan:
         self._shapes: State = _on_meta(self._reverted(state))
         alone = _described(self._rest)
         for layer in _layers(model, state):
+            layer.held.store.check_unchanged()  # before anything is written
             described = _described(self._reverted({name: state[name] for name in layer.names.values()}))
             alone |= described
             self._layers |= dict.fromkeys(described, layer)

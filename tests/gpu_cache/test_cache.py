@@ -263,7 +263,7 @@ def test_a_failed_copy_frees_its_slot_and_is_reported_once():
     cache, device = make_cache(1, experts=(6,), widths=(2,))
     assert cache.layer(0).prefetch(some(1)) == 1
     device.copies[0].end(CopyError("injected"))
-    with pytest.raises(RuntimeError, match="uploading expert 1 of layer 0") as raised:
+    with pytest.raises(RuntimeError, match="copying expert 1 of layer 0 into the cache failed: ") as raised:
         cache.layer(0).lookup(some(1))
     assert isinstance(raised.value.__cause__, CopyError)
     cache.layer(0).finish()

@@ -84,7 +84,7 @@ def test_copies_that_fail(opened: Open, refuses: bool) -> None:
                 assert greedy(model, ids) == want
                 break
             except RuntimeError as error:  # of copies that failed before, each reported once
-                assert "uploading expert" in str(error)  # noqa: PT017
+                assert "copying expert" in str(error)  # noqa: PT017
         assert greedy(model, ids) == want
         assert moebius.stats(model).sums.hits > 0
 

@@ -23,6 +23,7 @@ from moebius.cpu_experts.mapped_file import MappedFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.checkpoints import in_place
 from tests import zoo
+from tests.conftest import RunPython
 from tests.hf_plugin.helpers import assert_close, assert_same_weights, greedy, logits, prompt, weights
 
 PLAIN = ("qwen3_moe", "granitemoe", "mixtral", "nemotron_h")  # two a tensor for each expert, two packed; one ungated
@@ -176,10 +177,54 @@ def test_a_file_that_is_written_to(change: Callable[[Path], None], tmp_path: Pat
     saved("qwen3_moe", tmp_path)
     model = mapped(tmp_path)
     change(tmp_path / "model.safetensors")
-    for use in (lambda: logits(model, prompt(model)), lambda: moebius.unpatch(model), lambda: model.state_dict()):
+    for use in (
+        lambda: logits(model, prompt(model)),
+        lambda: moebius.unpatch(model),
+        lambda: model.state_dict(),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
         with pytest.raises(ValueError, match=r"model\.safetensors was changed while it was in use"):
             use()
     assert moebius.is_patched(model)
+    assert not (tmp_path / "saved").exists()
+
+
+CUT = """
+import os, sys
+import torch, moebius
+from moebius.hf_plugin.checkpoints import in_place
+in_place.slow_to_map = lambda files: None
+model = moebius.from_pretrained(os.getcwd(), device="cpu")
+ids = torch.arange(6)[None]
+model(ids)
+os.truncate("model.safetensors", 0)
+for use in (model, model.generate, lambda _: model.save_pretrained("saved"), lambda _: moebius.unpatch(model)):
+    try:
+        use(ids)
+        sys.exit("no error")
+    except ValueError as error:
+        assert "model.safetensors was changed while it was in use" in str(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_that_is_cut_short(tmp_path: Path, run_python: RunPython) -> None:
+    """Bug: the process ends (SIGBUS), as it does with stock: embedding and attention touch the file before experts."""
+    saved("qwen3_moe", tmp_path)
+    run_python(CUT, cwd=tmp_path, path=(Path(__file__).parents[2],))
+
+
+def test_a_copy_has_a_check_of_its_own(tmp_path: Path) -> None:
+    """Bug: unpatching a copy leaves the check, or takes that of the original."""
+    saved("qwen3_moe", tmp_path)
+    model = mapped(tmp_path)
+    copied = copy.deepcopy(model)
+    assert len(copied._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
+    moebius.unpatch(copied)
+    (tmp_path / "model.safetensors").touch()
+    logits(copied, prompt(copied))
+    with pytest.raises(ValueError, match="was changed while it was in use"):
+        logits(model, prompt(model))
 
 
 def test_a_file_that_is_replaced(tmp_path: Path) -> None:
