@@ -115,7 +115,10 @@ class Intake:
             self._unless_failed(lambda: self._await(0))
             self._unless_failed(self._shards.check)
             if self._error is not None:
-                raise self._error
+                try:
+                    raise self._error
+                finally:
+                    self._error = None  # which has this in its traceback: no cycle
             for name, held in self._helds.items():
                 if absent := ", ".join(sorted(held.absent)):
                     raise ValueError(
@@ -123,6 +126,10 @@ class Intake:
                         "to another architecture; download or copy it again"
                     )
             return self._finished()
+
+    def abandon(self) -> None:
+        """Nothing more is offered: end the threads, and delete what is being written."""
+        self._undo.__exit__(RuntimeError, RuntimeError("the load has failed"), None)
 
     def _unless_failed(self, function: Callable[[], None]) -> None:
         if self._error is None:
@@ -193,7 +200,9 @@ class IntoFile(Intake):
     ) -> None:
         super().__init__(helds, threads, files, verify)
         self._path = path
-        self._writer = self._undo.enter_context(RecordWriter(path, file_layers(helds), facts))
+        with self._undo:
+            self._writer = self._undo.enter_context(RecordWriter(path, file_layers(helds), facts))
+            self._undo = self._undo.pop_all()  # all stays open unless that fails
 
     def _complete(self, name: str, held: HeldWeights) -> None:
         self._writer.write(name, held.store.records, held.surplus)
@@ -233,6 +242,9 @@ class FromFile:
         if self._error is not None:
             raise self._error
         return self._file
+
+    def abandon(self) -> None:
+        """Nothing is open but the file, which goes with this."""
 
 
 def _fill(held: HeldWeights, records: torch.Tensor, run: Sequence[Piece]) -> None:

@@ -73,8 +73,9 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
         result: Any = kind.from_pretrained(
             name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen
         )
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    except BaseException as error:
+        chosen.abandon()
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
         if unknown is None or unknown[1] not in kwargs:
             raise
         raise unknown_option(unknown[1], ", which from_pretrained of transformers does not know either") from error

@@ -11,7 +11,8 @@ remains on the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from moebius.hf_plugin.running.runtime import default_threads
 from moebius.kernels.formats import FLOATS
 
 METHOD = "moebius"
+_TO_BE_INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")  # what transformers makes a device_map of
 
 
 @register_quantization_config(METHOD)
@@ -60,6 +62,12 @@ class MoebiusConfig(QuantizationConfigMixin):
         self.options: Options = make_options(options)
         self.into: Path | None = None  # write experts to this file, and leave the model without them
         self.quantized: Mapping[str, Any] | None = None  # the checkpoint's own quantization_config, if it has one
+        self.intake: weakref.ref[Intake | FromFile] | None = None  # of the load that is under way
+
+    def abandon(self) -> None:
+        """The load has failed: give back what it has opened at once, and not when the garbage collector runs."""
+        if self.intake is not None and (intake := self.intake()) is not None:
+            intake.abandon()
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -86,14 +94,19 @@ class MoebiusQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what would have accelerate copy weights to and fro; called with the map given and the one inferred."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
         kinds = {"cuda" if isinstance(place, int) else str(place).partition(":")[0] for place in places}
-        if "disk" in kinds or ("cpu" in kinds and len(kinds) > 1):
+        if kinds & {"disk", "meta"} or ("cpu" in kinds and len(kinds) > 1):
             raise ValueError(
                 f"the device_map puts modules on {', '.join(sorted(kinds))}, so that accelerate would copy weights on "
                 "every call; experts need no place on a GPU, so give all other modules one (device_map='cuda:0'), "
                 "or none (device_map='cpu')"
             )
+        if not places:
+            raise ValueError("the device_map is empty: leave it out, or give device_map='cpu'")
+        for place in places:
+            if place is not None and place not in _TO_BE_INFERRED:
+                _check_there(place)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """For device_map="auto": experts take no room on any device."""
@@ -112,6 +125,7 @@ class MoebiusQuantizer(HfQuantizer):
                 self._sites = [replace(site, coded=formats.get(site.name)) for site in self._sites]
             check_budget(options, self._sites)
             self._intake = self._open_intake(self._hold(model, file), files, file)
+            self.quantization_config.intake = weakref.ref(self._intake)
         self._verified = set[object]()
         self._keys: dict[str, dict[str, list[str]]] = {}  # of plain weights: name -> pattern -> tensors
         self._being_read: set[str] = set()
@@ -141,7 +155,7 @@ class MoebiusQuantizer(HfQuantizer):
         self, helds: dict[str, HeldWeights], files: list[str], file: RecordFile | None
     ) -> Intake | FromFile:
         config, layers = self.quantization_config, file_layers(helds)
-        threads = config.options.cpu_threads or default_threads()
+        threads, verify = config.options.cpu_threads or default_threads(), _weak(self._verify_complete)
         budget = expert_files.budget(config.options, list(layers.values()))
         if file is not None:
             expert_files.checked(file, layers)
@@ -149,15 +163,15 @@ class MoebiusQuantizer(HfQuantizer):
                 file.verify(threads)
             return FromFile(helds, file)
         if config.into is not None:
-            return IntoFile(helds, threads, files, self._verify_complete, config.into, {})
+            return IntoFile(helds, threads, files, verify, config.into, {})
         if budget is None:
             kind = Intake if self._checkpoint is not None else into_memory(config.options, helds.values(), files)
-            return kind(helds, threads, files, self._verify_complete)
+            return kind(helds, threads, files, verify)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))
         expert_files.remove_unusable()
-        return IntoFile(helds, threads, files, self._verify_complete, path, facts)
+        return IntoFile(helds, threads, files, verify, path, facts)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self._held(model, param_name) is not None
@@ -332,6 +346,29 @@ class MoebiusQuantizer(HfQuantizer):
                 f"the checkpoint in {self._folder} has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}: it "
                 "is incomplete or belongs to another architecture; download or copy it again"
             )
+
+
+def _check_there(place: Any) -> None:
+    """Raise ValueError where a device of a device_map is none of this machine."""
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"the device_map puts modules on {place}, which is not there ({str(error).splitlines()[0]:.99}): leave it "
+            "out, or give device_map='cpu'"
+        ) from error
+
+
+def _weak(method: Callable[[HeldWeights], None]) -> Callable[[HeldWeights], None]:
+    """A method that does not keep its object alive: no cycle, which would keep what a load that fails has opened."""
+    reference = weakref.WeakMethod(method)
+
+    def call(held: HeldWeights) -> None:
+        alive = reference()
+        assert alive is not None, "transformers has the quantizer while it loads"
+        alive(held)
+
+    return call
 
 
 def _format(site: ExpertsSite, options: Options, name: str, file: RecordFile | None) -> str:

@@ -98,6 +98,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"takes no quantization_config.*leave it out",
     ),
     "too little memory": ({"device_map": "auto", "max_memory": {"cpu": "1KiB"}}, r"device_map puts modules on disk"),
+    "a GPU that is not there": (
+        {"device_map": "cuda:99"},
+        r"puts modules on cuda:99, which is not there .*device_map='cpu'",
+    ),
+    "its number": ({"device_map": {"": 99}}, r"puts modules on 99, which is not there .*device_map='cpu'"),
+    "no data": ({"device_map": "meta"}, r"puts modules on meta, .*device_map='cpu'"),
+    "no modules": ({"device_map": {}}, r"device_map is empty: leave it out"),
+    "no device": ({"device_map": 3.5}, r"puts modules on 3\.5, which is not there .*device_map='cpu'"),
     "an adapter": ({"subfolder": "adapter"}, r"has an adapter and no model.*load_adapter"),
 }
 
