@@ -20,7 +20,14 @@ import triton
 
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.numba.jit import cache_root
-from moebius.kernels.triton.config import INTERPRETED, DecodeTile, PrefillTile, built_in, candidates, token_class
+from moebius.kernels.triton.config import (
+    INTERPRETED,
+    DecodeTile,
+    PrefillTile,
+    built_in,
+    candidates,
+    token_class,
+)
 
 logger = logging.getLogger(__name__)
 Tile = DecodeTile | PrefillTile
@@ -51,12 +58,19 @@ def tile_for(spec: ExpertSpec, layout: RecordLayout, tokens: int, device: torch.
     """The tile of a call with so many tokens; nothing is timed here, and a file is read once a process."""
     if INTERPRETED or device.type == "cpu":
         return built_in(layout.code, token_class(tokens))
-    return _chosen(Kind.of(device_name(device), spec, layout, token_class(tokens)))
+    return _chosen(Kind.of(device_name(device), spec, layout, token_class(tokens)), shared_memory(device))
 
 
 @cache
-def _chosen(kind: Kind) -> Tile:
-    return known(kind) or built_in(kind.code, kind.tokens)
+def _chosen(kind: Kind, shared: int) -> Tile:
+    return known(kind) or built_in(kind.code, kind.tokens, shared)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use, 0 where the maker does not say."""
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 @cache

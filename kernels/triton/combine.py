@@ -1,4 +1,4 @@
-"""Sum the rows of each token's pairs: y [P, H] -> out [T, H], in a fixed order, no atomics."""
+"""Sum the rows of each token's pairs: y [P, H] -> out fp32 [T, H], in a fixed order, no atomics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def combine(y: torch.Tensor, table: PairTable, tokens: int) -> torch.Tensor:
     """Sum over pairs.
 
     Args:
-        y: fp32 [P, H], already weighted.
+        y: [P, H], already weighted.
         table: the pairs.
         tokens: T.
 
@@ -33,7 +33,7 @@ def combine(y: torch.Tensor, table: PairTable, tokens: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["P", "T"])
 def combine_kernel(
-    y,  # fp32 [P, H]
+    y,  # [P, H]
     table,  # int32, see PairTable
     out,  # fp32 [T, H], written
     P,
@@ -55,6 +55,6 @@ def combine_kernel(
         pairs = tl.load(table + 3 * P + first + rank, mask=present, other=0).to(tl.int64)
         inside = present[:, None] & (columns < H)[None, :]
         rank += 1
-        total += tl.load(y + pairs[:, None] * H + columns[None, :], mask=inside, other=0.0)
+        total += tl.load(y + pairs[:, None] * H + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     inside = (tokens < T)[:, None] & (columns < H)[None, :]
     tl.store(out + tokens.to(tl.int64)[:, None] * H + columns[None, :], total, mask=inside)

@@ -14,18 +14,22 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # fused multiply-add, said
 
 
 class DecodeTile(NamedTuple):
-    """Weights that a program of `decode` reads in one step."""
+    """What the programs of `decode` compute at once: rows of both projections, in units of 16 bytes."""
 
-    rows: int
-    columns: int  # whole groups
+    rows: int  # of gate and of up, for one pair
+    units: int  # of each of these rows, the row's own if that has fewer
     warps: int
+    down_rows: int
+    down_pairs: int  # of a token
+    down_units: int
+    down_warps: int
 
 
 class PrefillTile(NamedTuple):
     """What a program of `prefill` computes, and how far it goes in one step."""
 
     pairs: int
-    columns: int  # of the product
+    columns: int  # of the product, half of them the gate's where there is one
     depth_bytes: int  # of the operands; whole groups in every type
     warps: int
 
@@ -36,15 +40,26 @@ class PrefillTile(NamedTuple):
 DECODE_TOKENS = 16
 TOKEN_CLASSES: dict[str, int | None] = {"decode": DECODE_TOKENS, "batch": 256, "prompt": None}
 
-# 8 KiB of bf16 and 4 KiB of codes a step, and a cache line of depth: what runs where nothing was tuned (`tuning.py`).
-# The interpreter costs about 15 ms per program whatever its size, so tiles are large there.
-_LARGE, _SMALL = DecodeTile(256, 256, 4), DecodeTile(16, 256, 4)
+# What runs where nothing was tuned (`tuning.py`). For `decode`, from what compilers make of it for a GPU of 132
+# multiprocessors that reads 4.8 TB/s, an expert of 768 x 2048 and 8 of them: whole rows, no values that spill, and all
+# programs of a token running at once with at least 60 KB of weights on their way to each multiprocessor, where 22 hide
+# the latency. The interpreter costs about 15 ms per program whatever its size, so tiles are large there.
 _KINDS = (*FLOATS, *CODES)  # see `RecordLayout.code`
-DECODE_TILES: dict[str, DecodeTile] = dict.fromkeys(_KINDS, _LARGE if INTERPRETED else _SMALL)
-if not INTERPRETED:
-    DECODE_TILES |= dict.fromkeys(("int4", "e2m1"), DecodeTile(16, 512, 4))
-_WIDE, _SQUARE = PrefillTile(128, 256, 1024, 4), PrefillTile(64, 64, 128, 4)
-PREFILL_TILES: dict[str, PrefillTile] = dict.fromkeys(_KINDS, _WIDE if INTERPRETED else _SQUARE)
+_BYTES, _NIBBLES = DecodeTile(4, 128, 2, 4, 8, 64, 4), DecodeTile(4, 64, 2, 8, 8, 32, 8)
+_LARGE = DecodeTile(2, 32, 4, 2, 4, 32, 4)
+DECODE_TILES: dict[str, DecodeTile] = dict.fromkeys(_KINDS, DecodeTile(2, 256, 1, 4, 8, 128, 8))
+DECODE_TILES |= {"int8": _BYTES, "e4m3": _BYTES, "int4": _NIBBLES, "e2m1": _NIBBLES}
+if INTERPRETED:
+    DECODE_TILES = dict.fromkeys(_KINDS, _LARGE)
+
+# For `prefill`. Few pairs an expert: time is that of reading weights, and rows without a pair are waste. Many pairs: a
+# product is as fast as the level 2 cache brings its operands, 85 operations a byte with 128 x 256. That takes cards
+# whose products read both operands from shared memory (Hopper); others run out of registers.
+_BATCH, _PROMPT, _SMALL_PROMPT = (16, 128, 128, 4), (128, 256, 128, 8), (64, 128, 128, 4)
+_PREFILL_TILES = [PrefillTile(*sizes) for sizes in (_BATCH, _PROMPT, _SMALL_PROMPT)]
+if INTERPRETED:
+    _PREFILL_TILES = [PrefillTile(128, 512, 1024, 4)] * 3
+LARGE_SHARED = 200 << 10  # bytes that a block may use on the former cards
 
 
 def token_class(tokens: int) -> str:
@@ -52,18 +67,36 @@ def token_class(tokens: int) -> str:
     return next(name for name, most in TOKEN_CLASSES.items() if most is None or tokens <= most)
 
 
-def built_in(code: str, tokens: str) -> DecodeTile | PrefillTile:
-    """The tile of records with this `RecordLayout.code` and a class of tokens, where nothing was tuned."""
-    return DECODE_TILES[code] if tokens == "decode" else PREFILL_TILES[code]
+def built_in(code: str, tokens: str, shared: int = LARGE_SHARED) -> DecodeTile | PrefillTile:
+    """The tile of records with this `RecordLayout.code` and a class of tokens, where nothing was tuned.
+
+    Args:
+        shared: bytes of shared memory that a block may use on the device.
+    """
+    batch, prompt, small_prompt = _PREFILL_TILES
+    if tokens == "decode":
+        return DECODE_TILES[code]
+    if tokens == "batch":
+        return batch
+    return prompt if shared >= LARGE_SHARED else small_prompt
 
 
 def candidates(code: str, tokens: str) -> list[DecodeTile | PrefillTile]:
-    """Tiles worth trying, the one that is built in first; each costs about a second to compile."""
-    others: list[DecodeTile | PrefillTile] = []
+    """Tiles worth trying, a built-in one first; a kernel takes half a second to compile."""
     if tokens == "decode":
-        others += [DecodeTile(*sizes) for sizes in product((4, 8, 16, 32), (256, 512), (2, 4))]
-    else:
-        pairs = (16, 32, 64) if tokens == "batch" else (64, 128)
-        others += [PrefillTile(*sizes) for sizes in product(pairs, (64, 128), (128, 256), (4, 8))]
-    first = built_in(code, tokens)
+        return _decode_candidates(DECODE_TILES[code])
+    first, few = built_in(code, tokens), tokens == "batch"
+    pairs, columns = ((16, 32, 64), (64, 128, 256)) if few else ((64, 128), (128, 256))
+    others = [PrefillTile(*sizes) for sizes in product(pairs, columns, (128, 256), (4, 8))]
+    sums = [tile.pairs * tile.columns // (32 * tile.warps) for tile in others]  # of each thread
+    return [first, *(tile for tile, n in zip(others, sums, strict=True) if tile != first and 16 <= n <= 128)]
+
+
+def _decode_candidates(first: DecodeTile) -> list[DecodeTile | PrefillTile]:
+    """At least a unit for each thread, so that loads are as wide as can be, and few enough for its registers."""
+    up = [(rows, first.units, warps) for rows, warps in product((1, 2, 4), (1, 2, 4))]
+    down = [(rows, pairs, first.down_units, warps) for rows, pairs, warps in product((2, 4, 8), (4, 8), (4, 8))]
+    up = [(rows, units, warps) for rows, units, warps in up if 1 <= units // (32 * warps) <= 16 // rows]
+    down = [(r, p, units, warps) for r, p, units, warps in down if 1 <= p * units // (32 * warps) <= 16 // r]
+    others = [DecodeTile(*one, *other) for one, other in product(up, down)]
     return [first, *(tile for tile in others if tile != first)]

@@ -1,7 +1,7 @@
 """Experts for many tokens: grouped GEMMs over pairs sorted by expert, weights straight from cache slots.
 
     a[p] = activation(x[token p] @ gate.T, x[token p] @ up.T)       [P, I] in the type of the products
-    y[p] = weight p * (a[p] @ down.T + bias)                        fp32 [P, H]
+    y[p] = weight p * (a[p] @ down.T + bias)                        [P, H] in the same type
 
 Products accumulate in fp32; `combine` sums each token's rows of y.
 """
@@ -51,17 +51,19 @@ def prefill(
     """
     hidden, intermediate, products = spec.hidden, spec.intermediate, product_type(layout, x.dtype)
     activated = torch.empty(table.pairs, intermediate, dtype=products, device=x.device)
-    y = torch.empty(table.pairs, hidden, dtype=torch.float32, device=x.device)
+    y = torch.empty(table.pairs, hidden, dtype=products, device=x.device)
     rows, columns, depth_bytes, warps = tile
-    blocks = {"PAIRS": rows, "COLUMNS": columns, "DEPTH": depth_bytes // products.itemsize, "num_warps": warps}
+    blocks = {"PAIRS": rows, "DEPTH": depth_bytes // products.itemsize, "num_warps": warps}
     common = {**storage(layout), "TYPE": TYPES[products], **blocks, **OPTIONS}
-    gate_up_kernel[tiles.tiles, triton.cdiv(intermediate, columns)](
+    half = columns // 2 if spec.gated else columns
+    gate_up_kernel[tiles.tiles, triton.cdiv(intermediate, half)](
         pool, x, table.data, tiles.data, activated, table.pairs, tiles.tiles,
-        **of_matrices(layout, "gate", "up"), GATED=spec.gated, **constants(spec.activation), **common,
+        **of_matrices(layout, "gate", "up"), GATED=spec.gated, **constants(spec.activation), **common, COLUMNS=half,
     )  # fmt: skip
     down_kernel[tiles.tiles, triton.cdiv(hidden, columns)](
-        pool, activated, table.data, tiles.data, y, table.pairs, tiles.tiles, **of_matrices(layout, "down"), **common
-    )
+        pool, activated, table.data, tiles.data, y, table.pairs, tiles.tiles,
+        **of_matrices(layout, "down"), **common, COLUMNS=columns,
+    )  # fmt: skip
     return combine(y, table, x.shape[0])
 
 
@@ -114,7 +116,7 @@ def down_kernel(
     activated,  # [P, I]
     table,  # int32, see PairTable
     tiles,  # int32, see TileTable
-    y,  # fp32 [P, H], written
+    y,  # [P, H], written
     P,
     M,
     DOWN: tl.constexpr, DOWN_SCALE: tl.constexpr, DOWN_ZERO: tl.constexpr, DOWN_BIAS: tl.constexpr,
@@ -139,7 +141,7 @@ def down_kernel(
         total += load_bias(record, DOWN_BIAS, BIAS, rows, H)[None, :]
     scale = tl.load(table + 2 * P + pairs, mask=live, other=0).to(tl.float32, bitcast=True)
     present = live[:, None] & (rows < H)[None, :]
-    tl.store(y + pairs.to(tl.int64)[:, None] * H + rows[None, :], total * scale[:, None], mask=present)
+    tl.store(y + pairs.to(tl.int64)[:, None] * H + rows[None, :], (total * scale[:, None]).to(TYPE), mask=present)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from moebius.kernels.triton.tables import pair_table, sender, tile_table
 logger = logging.getLogger(__name__)
 
 Timer = Callable[[Tile], float]  # microseconds of one call with that tile
-_EXPERTS, _TOP_K = 8, 4
+_EXPERTS, _TOP_K = 16, 8
 _TOKENS = {"decode": 1, "batch": 32, "prompt": 512}  # 1, 16 and 256 pairs of each active expert
 
 

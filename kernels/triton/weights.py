@@ -1,9 +1,10 @@
 """Weights of a record as kernels read them: float weights as they are, codes turned into numbers in registers.
 
-A step of a kernel takes COLUMNS (or DEPTH) weights of each row, whole groups where they are coded. A byte of 4-bit
-codes holds weights j and 16 + j of its group, so its inputs come in two halves that meet the low and the high nibbles;
-the other formats have one, given twice. Small floats are read as fp16 with their exponent in its place, which every
-card and the interpreter know.
+`decode` reads units of 16 bytes, the most that a thread loads at once, and sums within them before anything else; so
+every thread has whole units and needs no other. `prefill` reads DEPTH weights of each row, whole groups where they are
+coded. A byte of 4-bit codes holds weights j and 16 + j of its group, so its inputs come in two halves that meet the low
+and the high nibbles; the other formats have one, given twice.
+Small floats are read as fp16 with their exponent in its place, which every card and the interpreter know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import GROUP, SCALES
+from moebius.kernels.triton.ptx import spread_byte, spread_nibble
 
 GROUP_SIZE: tl.constexpr = tl.constexpr(GROUP)
 HALF: tl.constexpr = tl.constexpr(GROUP // 2)
@@ -26,6 +28,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 INT8, INT4, E4M3, E2M1 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 _CODES = {"int8": INT8.value, "int4": INT4.value, "e4m3": E4M3.value, "e2m1": E2M1.value}
 _SCALES = {torch.uint8: tl.uint8, **TYPES}
+_UNIT = 16  # bytes
 
 
 @cache
@@ -42,12 +45,19 @@ def storage(layout: RecordLayout) -> Mapping[str, Any]:
 
 
 def _coding(layout: RecordLayout) -> tuple[Any, ...]:
-    """Bits of a code (0: floats), type of what is loaded, the code, type of scales, rows and columns of a block."""
+    """Bits of a code (0: floats), type of what is loaded, the code, type of scales, rows and columns of a block, and
+    how many elements and weights a unit has."""
     coding = layout.coding
     if coding is None:
-        return 0, TYPES[layout.dtype], 0, tl.float32, 0, 0
-    stored = tl.int8 if coding.code == "int8" else tl.uint8
-    return coding.bits, stored, _CODES[coding.code], _SCALES[SCALES[coding.scale]], coding.rows, coding.columns
+        elements = _UNIT // layout.dtype.itemsize
+        return 0, TYPES[layout.dtype], 0, tl.float32, 0, 0, elements, elements
+    block = _SCALES[SCALES[coding.scale]], coding.rows, coding.columns
+    return coding.bits, tl.uint8, _CODES[coding.code], *block, _UNIT, 8 * _UNIT // coding.bits
+
+
+def units_of(layout: RecordLayout, columns: int) -> int:
+    """How many units so many weights of a row take."""
+    return -(-columns // _coding(layout)[-1])
 
 
 @cache
@@ -72,60 +82,71 @@ def part(record, OFFSET: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def load_bias(record, OFFSET: tl.constexpr, TYPE: tl.constexpr, rows, N: tl.constexpr):
-    """Biases of `rows` [R] below N, fp32 [R]."""
+    """Biases of those `rows` that are below N, fp32 in their shape."""
     return tl.load(part(record, OFFSET, TYPE) + rows, mask=rows < N, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_inputs(inputs, start, M: tl.constexpr, CODING: tl.constexpr, COLUMNS: tl.constexpr):
-    """A vector's values from `start` on, in both halves, fp32 [1, COLUMNS], or [1, groups, bytes of a group]."""
-    BITS: tl.constexpr = CODING[0]
-    if BITS == 0:
-        columns = start + tl.arange(0, COLUMNS)
-        first = tl.load(inputs + columns, mask=columns < M, other=0.0).to(tl.float32)[None, :]
-        second = first
-    else:
-        BYTES: tl.constexpr = GROUP_SIZE * BITS // 8
-        groups = tl.arange(0, COLUMNS // GROUP_SIZE)[None, :, None]
-        columns = start + groups * GROUP_SIZE + tl.arange(0, BYTES)[None, None, :]
-        first = tl.load(inputs + columns, mask=columns < M, other=0.0).to(tl.float32)
-        second = first
-        if BITS == 4:
-            second = tl.load(inputs + columns + HALF, mask=columns + HALF < M, other=0.0).to(tl.float32)
-    return first, second
+def load_inputs(inputs, unit, live, M: tl.constexpr, CODING: tl.constexpr):
+    """What meets `unit` of vectors of M values: both halves, fp32 [A, 1, U, values of a half], and sums [A, 1, U, 1].
+
+    Args:
+        inputs: pointer, or pointers [A, 1, 1, 1].
+        unit: numbers of units, [1, 1, U, 1].
+        live: which of the vectors there are, as `inputs`.
+    """
+    STEP: tl.constexpr = HALF if CODING[0] == 4 else CODING[7]
+    columns = unit * CODING[7] + tl.arange(0, STEP)[None, None, None, :]
+    first = tl.load(inputs + columns, mask=live & (columns < M), other=0.0).to(tl.float32)
+    second = first
+    total = first
+    if CODING[0] == 4:
+        second = tl.load(inputs + columns + HALF, mask=live & (columns + HALF < M), other=0.0).to(tl.float32)
+        total = first + second
+    return first, second, tl.sum(total, axis=3, keep_dims=True)
 
 
 @triton.jit
-def multiply_rows(
-    record, MATRIX: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, CODING: tl.constexpr,
-    rows, N: tl.constexpr, M: tl.constexpr, start, first, second, COLUMNS: tl.constexpr,
+def load_units(
+    record, rows, number, unit, live,
+    MATRIX: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CODING: tl.constexpr, STEP: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Products of a matrix [N, M] with the inputs of one step, fp32 [R, COLUMNS], or summed by group [R, groups]."""
-    BITS: tl.constexpr = CODING[0]
-    if BITS == 0:
-        columns = start + tl.arange(0, COLUMNS)
-        inside = (rows < N)[:, None] & (columns < M)[None, :]
-        tile = tl.load(part(record, MATRIX, CODING[1]) + rows[:, None] * M + columns[None, :], mask=inside, other=0.0)
-        return tile.to(tl.float32) * first
+    """Units of ``rows + number`` of a matrix [N, M] as they are stored, [A, R, U, elements of a unit].
+
+    Args:
+        record: pointer, or pointers [A, 1, 1, 1].
+        rows: [1, R, 1, 1], from a multiple of STEP on.
+        number: known when compiled, so that it costs no address.
+        unit, live: as for `load_inputs`; UNITS are loaded at once.
+    """
+    GROUPS: tl.constexpr = (M + GROUP_SIZE - 1) // GROUP_SIZE
+    WIDTH: tl.constexpr = M if CODING[0] == 0 else GROUPS * (GROUP_SIZE * CODING[6] // CODING[7])
+    columns = unit * CODING[6] + tl.arange(0, CODING[6])[None, None, None, :]
+    inside = live
+    if WIDTH % (UNITS * CODING[6]) != 0:
+        inside = inside & (columns < WIDTH)
+    if N % STEP != 0:
+        inside = inside & (rows + number < N)
+    return tl.load(part(record, MATRIX, CODING[1]) + (rows * WIDTH + columns) + number * WIDTH, mask=inside, other=0)
+
+
+@triton.jit
+def multiply_units(
+    stored, first, second, sums, record, rows, unit, live,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CODING: tl.constexpr,
+):  # fmt: skip
+    """Sums over each of the `load_units` of its products with the `load_inputs`, fp32 [A, R, U, 1]."""
+    if CODING[0] == 0:
+        return tl.sum(stored.to(tl.float32) * first, axis=3, keep_dims=True)
     else:
-        BYTES: tl.constexpr = GROUP_SIZE * BITS // 8
-        GROUPS: tl.constexpr = (M + GROUP_SIZE - 1) // GROUP_SIZE
-        groups = tl.arange(0, COLUMNS // GROUP_SIZE) + start // GROUP_SIZE
-        index = rows[:, None] * GROUPS + groups[None, :]
-        inside = (rows < N)[:, None] & (groups < GROUPS)[None, :]
-        codes = tl.load(
-            part(record, MATRIX, CODING[1]) + index[:, :, None] * BYTES + tl.arange(0, BYTES)[None, None, :],
-            mask=inside[:, :, None],
-            other=0,
-        )
-        block = _block(rows[:, None], groups[None, :], N, M, CODING[4], CODING[5])
-        scale = _load_scale(record, SCALE, CODING[3], block, inside)
-        zero = _load_zero(record, ZERO, block, inside)[:, :, None]
-        if BITS == 8:
-            products = _number(codes, zero, CODING[2]) * first
-        else:
-            products = _number(codes & 15, zero, CODING[2]) * first + _number(codes >> 4, zero, CODING[2]) * second
-        return tl.sum(products, axis=2) * scale
+        total = tl.sum(_value(stored, CODING[2], False) * first, axis=3, keep_dims=True)
+        if CODING[0] == 4:
+            total += tl.sum(_value(stored, CODING[2], True) * second, axis=3, keep_dims=True)
+        block = _block(rows, unit * CODING[7] // GROUP_SIZE, N, M, CODING[4], CODING[5])
+        inside = live & (rows < N) & (unit * CODING[7] < M)
+        factor, less = _to_number(record, SCALE, ZERO, CODING, block, inside)
+        return factor * total - less * sums
 
 
 @triton.jit
@@ -148,29 +169,36 @@ def _load_scale(record, SCALE: tl.constexpr, SCALED: tl.constexpr, block, inside
 
 
 @triton.jit
-def _load_zero(record, ZERO: tl.constexpr, block, inside):
-    """Zero points of blocks, fp32; 8 where the records have none."""
-    if ZERO >= 0:
-        return tl.load(part(record, ZERO, tl.uint8) + block, mask=inside, other=0).to(tl.float32)
+def _to_number(record, SCALE: tl.constexpr, ZERO: tl.constexpr, CODING: tl.constexpr, block, inside):
+    """What turns a `_value` of `block` into a weight, ``value * factor - less``; fp32."""
+    scale = _load_scale(record, SCALE, CODING[3], block, inside)
+    if CODING[2] == INT4:
+        zero = tl.load(part(record, ZERO, tl.uint8) + block, mask=inside, other=0).to(tl.float32) if ZERO >= 0 else 8.0
+        return scale * 32.0, scale * (zero + 16.0)
+    elif CODING[2] == E4M3:
+        return scale * 256.0, 0.0
+    elif CODING[2] == E2M1:
+        return scale * 16384.0, 0.0
     else:
-        return tl.full(block.shape, 8.0, tl.float32)
+        return scale, 0.0
 
 
 @triton.jit
-def _number(codes, zero, CODE: tl.constexpr):
-    """What codes stand for without their scale, fp32; 4-bit codes one to a byte."""
-    if CODE == E4M3:
-        wide = codes.to(tl.int32)
-        half = ((wide & 127) << 7 | (wide & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True)
-        return half.to(tl.float32) * 256.0
-    elif CODE == E2M1:
-        wide = codes.to(tl.int32)
-        half = ((wide & 7) << 9 | (wide & 8) << 12).to(tl.int16).to(tl.float16, bitcast=True)
-        return half.to(tl.float32) * 16384.0
+def _value(codes, CODE: tl.constexpr, HIGH: tl.constexpr):
+    """What codes become with few instructions, fp32, see `_to_number`; 4-bit codes one to a byte, its high half or low.
+
+    int8: the number. int4: 0.5 + code / 32. Small floats: the fp16 that their bits make.
+    """
+    if CODE == INT8:
+        return spread_byte(codes)
     elif CODE == INT4:
-        return codes.to(tl.float32) - zero
+        return spread_nibble(codes, HIGH)
+    elif CODE == E4M3:
+        wide = codes.to(tl.int32)
+        return ((wide & 127) << 7 | (wide & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        return codes.to(tl.float32)
+        wide = (codes >> 4 if HIGH else codes).to(tl.int32)
+        return ((wide & 7) << 9 | (wide & 8) << 12).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -207,14 +235,10 @@ def multiply_tile(
             part(record, MATRIX, CODING[1]) + index * BYTES + tl.arange(0, BYTES)[None, :, None], mask=inside, other=0
         )
         block = _block(rows[None, None, :], groups, N, M, CODING[4], CODING[5])
-        scale = _load_scale(record, SCALE, CODING[3], block, inside)
-        zero = _load_zero(record, ZERO, block, inside)
-        if BITS == 8:
-            tile = (_number(codes, zero, CODING[2]) * scale).to(TYPE)
-            total = tl.dot(first, tl.reshape(tile, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
-        else:
-            low = (_number(codes & 15, zero, CODING[2]) * scale).to(TYPE)
-            high = (_number(codes >> 4, zero, CODING[2]) * scale).to(TYPE)
-            total = tl.dot(first, tl.reshape(low, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
+        factor, less = _to_number(record, SCALE, ZERO, CODING, block, inside)
+        low = (_value(codes, CODING[2], False) * factor - less).to(TYPE)
+        total = tl.dot(first, tl.reshape(low, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
+        if BITS == 4:
+            high = (_value(codes, CODING[2], True) * factor - less).to(TYPE)
             total = tl.dot(second, tl.reshape(high, [WIDTH, rows.shape[0]]), total, input_precision="ieee")
     return total

@@ -13,10 +13,8 @@ from moebius.gpu_cache.device import open_device
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.triton import experts, tuning
 from moebius.kernels.triton.config import (
-    DECODE_TILES,
     DECODE_TOKENS,
     INTERPRETED,
-    PREFILL_TILES,
     TOKEN_CLASSES,
     built_in,
     token_class,
@@ -28,9 +26,16 @@ from tests.kernels.triton.cases import ACTIVATIONS, Case, error, make_case, rand
 
 assert INTERPRETED
 
-# fp32 sums; in `prefill` the intermediate and the operands have the records' type, in which stock rounds as well
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3, "int8": 1e-6, "int4": 1e-6}
+# fp32 sums; the intermediate, and the operands of `prefill`, have the records' type, in which stock rounds as well.
+# Sums of int4 codes lose 2 bits to the half that is added to each code.
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3, "int8": 1e-6, "int4": 4e-6}
 QUANTIZED = ("int8", "int4")
+
+
+def bound(format: str) -> float:
+    return TOLERANCE["int4" if format.startswith("int4") else "fp32"]
+
+
 CODED = (
     "fp8", "mxfp4", "e4m3-3x32-bf16", "e4m3-1x0-fp16", "e4m3-0x0-fp32", "e4m3-32x64-e8m0", "int4-1x64-fp16",
     "int4-1x32-bf16-zeros", "int4-1x0-fp16-zeros", "int8-1x0-bf16",
@@ -39,12 +44,12 @@ CODED = (
 
 def run_decode(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), sender(case.x.device))
-    return decode(case.spec, case.layout, case.pool, case.x, table, DECODE_TILES[case.layout.code])
+    return decode(case.spec, case.layout, case.pool, case.x, table, built_in(case.layout.code, "decode"))
 
 
 def run_prefill(case: Case) -> torch.Tensor:
     table = pair_table(case.routes, case.slots, len(case.x), sender(case.x.device))
-    tile = PREFILL_TILES[case.layout.code]
+    tile = built_in(case.layout.code, "prompt")
     tiles = tile_table(case.routes, case.slots, tile.pairs, sender(case.x.device))
     return prefill(case.spec, case.layout, case.pool, case.x, table, tiles, tile)
 
@@ -80,7 +85,7 @@ def test_activations_and_formats(run, name, gated, format):
 def test_quantised_records(run, hidden, intermediate, format):
     """A nibble in the wrong half, a scale of the wrong group or row, padding of the last group that is counted."""
     case = make_case(random_ids(2, 2), hidden, intermediate, format=format)
-    assert error(run(case), case.expected()) < 1e-6
+    assert error(run(case), case.expected()) < bound(format)
 
 
 @both
@@ -89,7 +94,7 @@ def test_quantised_records(run, hidden, intermediate, format):
 def test_quantised_records_with_narrow_inputs(run, dtype, format):
     """`prefill` unpacks weights to the type of the inputs; the sums stay fp32."""
     case = make_case(random_ids(2, 2), format=format, dtype=dtype, gated=format == "int8")
-    assert error(run(case), case.expected()) < (1e-6 if dtype == torch.bfloat16 else 1e-3)
+    assert error(run(case), case.expected()) < (bound(format) if dtype == torch.bfloat16 else 1e-3)
 
 
 @both
@@ -103,7 +108,7 @@ def test_padding_of_quantised_rows_is_not_read(run, format):
         last = stored[name].shape[-1]
         used = columns if format == "int8" else min(columns, 16)
         stored[name][..., last - (32 if format == "int8" else 16) + used :] = 0x77
-    assert error(run(case), expected) < 1e-6
+    assert error(run(case), expected) < bound(format)
 
 
 @both
@@ -112,14 +117,14 @@ def test_padding_of_quantised_rows_is_not_read(run, format):
 def test_coded_records(run, hidden, intermediate, format):
     """A scale or zero point of another block, a code read as another number, padding that is counted."""
     case = make_case(random_ids(2, 2), hidden, intermediate, format=format)
-    assert error(run(case), case.expected()) < 1e-6
+    assert error(run(case), case.expected()) < bound(format)
 
 
 @both
 @pytest.mark.parametrize("format", ["fp8", "mxfp4", "int4-1x64-fp16-zeros"])
 def test_coded_records_with_narrow_inputs(run, format):
     case = make_case(random_ids(2, 2), format=format, dtype=torch.bfloat16)
-    assert error(run(case), case.expected()) < 1e-6
+    assert error(run(case), case.expected()) < bound(format)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "softcap", "relu2"])

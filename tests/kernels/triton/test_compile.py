@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from moebius.kernels.triton import experts
-from moebius.kernels.triton.config import DECODE_TOKENS, INTERPRETED, candidates, token_class
+from moebius.kernels.triton.config import DECODE_TOKENS, INTERPRETED, DecodeTile, built_in, candidates, token_class
 from tests.kernels.triton.cases import ACTIVATIONS, make_case, random_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="interpreted kernels do not compile")]
@@ -92,6 +95,72 @@ def test_quantised_kernels_compile(launches, monkeypatch, target, format, tokens
         assert kernel.metadata.shared <= shared, name
 
 
+def compile_tile(launches: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, case: Any, tile: Any) -> list[Any]:
+    """The experts' kernels of a launch with that tile."""
+    before = len(launches)
+    monkeypatch.setattr(experts, "tile_for", lambda *_: tile)
+    experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    return [kernel for name, kernel in launches[before:] if name != "combine_kernel"]
+
+
+def spilled_bytes(kernel: Any, folder: Any) -> int:
+    """Bytes of values that a thread keeps in memory for lack of registers."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(usage.partition("STACK:")[2].split()[0])
+
+
+def large_case(format: str, tokens: int) -> Any:
+    """Of the size that the built-in tiles are made for."""
+    return make_case(np.zeros((tokens, 1), np.int64), 2048, 768, 1, biased=False, format=format, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("target", ["ampere", "ada", "hopper"])
+def test_decode_reads_as_a_memory_wants_to_be_read(launches, monkeypatch, tmp_path, target, format):
+    """Narrow loads, values that spill, inputs that threads exchange, or codes converted at 16 a cycle."""
+    compile_for(monkeypatch, TARGETS[target][0])
+    case = large_case(format, 1)
+    tiles = candidates(case.layout.code, "decode") if target == "hopper" else [built_in(case.layout.code, "decode")]
+    for tile in tiles:
+        assert isinstance(tile, DecodeTile)
+        up, down = compile_tile(launches, monkeypatch, case, tile)
+        weights = 2 * tile.rows * tile.units // (32 * tile.warps)  # 16 bytes each
+        down_weights = tile.down_rows * tile.down_pairs * tile.down_units // (32 * tile.down_warps)
+        for kernel, loads in ((up, weights), (down, down_weights)):
+            code = kernel.asm["ptx"]
+            assert spilled_bytes(kernel, tmp_path) == 0, tile
+            assert code.count("ld.global.v4.b32") >= loads, tile
+            assert kernel.metadata.shared <= 4096, f"{tile}: more than the last sum takes"
+            assert "cvt.rn.f32.s" not in code
+            assert "cvt.rn.f32.u" not in code
+        before, waits, _ = down.asm["ptx"].partition("griddepcontrol.wait")
+        assert bool(waits) == (target == "hopper")
+        if waits:
+            assert before.count("ld.global.v4.b32") == down_weights, (
+                "waits for the first half before it asks for weights"
+            )
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", ["batch", "prompt"])
+@pytest.mark.parametrize("target", ["ampere", "ada", "hopper"])
+def test_prefill_uses_tensor_cores_and_loads_ahead(launches, monkeypatch, tmp_path, target, tokens, format):
+    """Products on ordinary cores, or of operands that are waited for."""
+    device, shared = TARGETS[target]
+    compile_for(monkeypatch, device)
+    case = large_case(format, 300)
+    tile = built_in(case.layout.code, tokens, shared)
+    for kernel in compile_tile(launches, monkeypatch, case, tile):
+        code = kernel.asm["ptx"]
+        assert ("wgmma.mma_async" if target == "hopper" and tokens == "prompt" else "mma.sync") in code
+        assert "cp.async" in code
+        assert spilled_bytes(kernel, tmp_path) == 0
+        assert kernel.metadata.shared <= shared
+
+
 @pytest.mark.parametrize("tokens", [1, DECODE_TOKENS + 1], ids=["decode", "batch"])
 @pytest.mark.parametrize("format", ["bf16", "int4"])
 def test_tiles_that_tuning_tries_compile(launches, monkeypatch, format, tokens):
@@ -100,9 +169,7 @@ def test_tiles_that_tuning_tries_compile(launches, monkeypatch, format, tokens):
     case = make_case(random_ids(tokens, 2), 256, 96, format=format, dtype=torch.bfloat16)
     tried = candidates(case.layout.code, token_class(tokens))
     for tile in (tried[1], tried[-1]):  # the smallest and the largest
-        monkeypatch.setattr(experts, "tile_for", lambda *_, tile=tile: tile)
-        experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
-    assert len(launches) == 2 * (2 if tokens == 1 else 3)
+        assert len(compile_tile(launches, monkeypatch, case, tile)) == 2
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

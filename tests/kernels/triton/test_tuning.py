@@ -33,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(choice, "INTERPRETED", False)
     monkeypatch.setattr(choice, "device_name", lambda device: GPU)
+    monkeypatch.setattr(choice, "shared_memory", lambda device: 227 << 10)
     forget()
     yield tmp_path / "triton"
     forget()
@@ -73,6 +74,13 @@ def test_the_fastest_tile_is_used_and_outlives_the_process() -> None:
         for tokens in (1, 16, 17, 256, 257, 4000):
             assert chosen(tokens) == candidates("int4", token_class(tokens))[-1]
         forget()
+
+
+def test_a_device_with_little_shared_memory_has_a_tile_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that no launch on a consumer's card can compute, since nobody tuned there."""
+    monkeypatch.setattr(choice, "shared_memory", lambda device: 99 << 10)
+    assert chosen(4000) == built_in("int4", "prompt", 99 << 10) != built_in("int4", "prompt")
+    assert chosen(100) == built_in("int4", "batch")
 
 
 def test_what_is_known_is_not_timed_again() -> None:
