@@ -1,11 +1,13 @@
 """One call that measures the GPU tier: kernels against transformers', whole models at several cache budgets, overlap.
 
     python -m benchmarks.gpu --out benchmarks/results/gpu_NAME.json     # below 10 minutes
+    python -m benchmarks.gpu --parts kernels --out ...                  # 2 to 3 minutes, the most telling of it
     python -m benchmarks.gpu --dry-run                                  # tiny, on the emulated device
 
 Rows are written as they come, so that a run which is cut off keeps what it has. A part that raises leaves its traceback
-in the results, and the others go on; a run that hangs prints where, and ends. The sweep comes last and keeps the
-fastest tiles, as `moebius warmup` does; after a call with `--parts sweep` the other parts use them.
+in the results, and the others go on; a run that hangs prints where, and ends. A process computes nothing any more after
+an illegal memory access: give parts processes of their own where that may happen. Sweeps keep the fastest tiles, as
+`moebius warmup` does, and what runs later uses them: those of `decode` are among the kernels, the others come last.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from moebius.gpu_cache.executor import make_executor
 from moebius.kernels.experts import ExpertSpec, RecordLayout
@@ -40,6 +43,7 @@ GRACE_S = 50  # after the deadline, for the part that is running
 PARTS = ("kernels", "model", "accelerate", "sweep")
 FORMATS = ("bf16", "int8", "int4")
 SWEPT = {"decode": 1, "batch": 64, "prompt": None}  # tokens of each class, None for those of a long prompt
+CHECKED = 2  # tokens of a call that are compared with float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Sizes:
     calls: int  # of a few tokens, with other experts each, so that weights come from memory and not from a cache
 
 
-FULL = Sizes(128, 2048, 768, 8, (1, 8, 64), 4096, 2 << 30, 24)  # Qwen3-30B-A3B
+FULL = Sizes(128, 2048, 768, 8, (1, 8, 64), 4096, 2 << 30, 48)  # Qwen3-30B-A3B
 TINY = Sizes(4, 64, 32, 2, (1, 3), 20, 1 << 20, 2)
 
 
@@ -72,7 +76,8 @@ def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) ->
     torch.cuda.synchronize()
     how, run_all = "graph", torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(run_all):
+        # the outer one brings the stream back where ending the capture raises
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(run_all):
             for call in calls:
                 call()
         replay: Callable[[], object] = run_all.replay
@@ -116,10 +121,11 @@ class Layer:
             shapes = self.layout.shapes().items()
             pack(self.layout, self.pool[expert], {n: torch.randn(s, device=device) / s[-1] ** 0.5 for n, s in shapes})
 
-    def step(self, tokens: int, seed: int) -> tuple[torch.Tensor, Routes]:
+    def step(self, tokens: int, seed: int, first: int | None = None) -> tuple[torch.Tensor, Routes]:
+        """Random inputs and routes, of all tokens or of the `first` ones of them."""
         rng = np.random.default_rng(seed)
-        ids = np.stack([rng.permutation(self.sizes.experts)[: self.sizes.top_k] for _ in range(tokens)])
-        x = torch.randn(tokens, self.sizes.hidden, generator=torch.Generator().manual_seed(seed))
+        ids = np.stack([rng.permutation(self.sizes.experts)[: self.sizes.top_k] for _ in range(tokens)])[:first]
+        x = torch.randn(tokens, self.sizes.hidden, generator=torch.Generator().manual_seed(seed))[:first]
         weights = np.full(ids.shape, 1 / self.sizes.top_k)
         return x.to(self.device, torch.bfloat16), build_routes(ids, weights, self.sizes.experts)
 
@@ -148,12 +154,13 @@ class Layer:
         return lambda: prefill(self.spec, self.layout, self.pool, x, table, tiles, tile)
 
     def error(self, tokens: int) -> float:
-        """||ours - reference|| / ||reference|| in float64."""
-        x, routes = self.step(tokens, 99)
+        """||ours - reference|| / ||reference|| in float64, of the first tokens of a call."""
+        x, routes = self.step(tokens, 99, CHECKED)
         expected = torch.zeros(x.shape, dtype=torch.float64)
         weights = [unpack(self.layout, self.pool[int(expert)].cpu()) for expert in routes.experts]
         moe_forward(self.spec, weights, x.cpu(), routes, expected)
-        return float((self.call(x, routes)().cpu().double() - expected).norm() / expected.norm())
+        found = self.call(*self.step(tokens, 99))()[: len(x)]
+        return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
 def measure_kernels(report: Report, sizes: Sizes, format: str) -> None:
@@ -167,7 +174,7 @@ def measure_kernels(report: Report, sizes: Sizes, format: str) -> None:
         flops = 6 * sizes.hidden * sizes.intermediate * tokens * sizes.top_k
         share = nbytes / took / report.bandwidth if report.bandwidth else None
         row = {"us": took * 1e6, "timed": how, "share_of_copy": share, "tflops": flops / took / 1e12}
-        row |= {"error": layer.error(min(tokens, 64))}  # by the same kernels
+        row |= {"error": layer.error(tokens)}
         report.add(part="kernel", kernel="moebius", format=format, tokens=tokens, **row)
 
 
@@ -223,26 +230,48 @@ def sweep_tiles(report: Report, sizes: Sizes, format: str, kind: str) -> None:
     found = measure(key, timer)
     keep(key, found[0].tile)
     best, default = [timed.tile._asdict() | {"us": timed.us} for timed in found[:8]], built_in(key.code, kind)._asdict()
-    report.add(part="sweep", format=format, tokens=tokens, built_in=default, best=best)
+    nbytes = np.mean([len(routes.experts) for _, routes in steps]) * layer.layout.nbytes
+    share = nbytes / found[0].us * 1e6 / report.bandwidth if report.bandwidth else None
+    report.add(part="sweep", format=format, tokens=tokens, share_of_copy=share, built_in=default, best=best)
+
+
+def profile_launches(report: Report, sizes: Sizes, format: str) -> None:
+    """Microseconds of each launch of a call."""
+    cuda = report.device.type == "cuda"
+    layer = Layer(sizes, format, report.device)
+    for tokens in (*sizes.decode_tokens, sizes.prefill_tokens):
+        calls = [layer.call(*layer.step(tokens, seed)) for seed in range(3)]
+        calls[0]()
+        with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+            for call in calls:
+                call()
+            if cuda:
+                torch.cuda.synchronize()
+        spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+        us = {event.key: getattr(event, spent) / len(calls) for event in recorded.key_averages()}
+        longest = sorted(us.items(), key=lambda item: -item[1])[:8]
+        report.add(part="launches", format=format, tokens=tokens, us=dict(longest))
 
 
 def plan(report: Report, sizes: Sizes, trace: str | None, dry: bool) -> dict[str, list[tuple[str, Callable[[], None]]]]:
     """What there is to run, by part, the most wanted first."""
-    kernels: list[tuple[str, Callable[[], None]]] = [("copies", partial(measure_copies, report, sizes))]
-    kernels += [(f"kernels {format}", partial(measure_kernels, report, sizes, format)) for format in FORMATS]
-    kernels += [("rivals", partial(measure_rivals, report, sizes))]
-    model = [(f"model {name}", partial(measure_model, report, name, trace, dry)) for name in ("bf16", "int4")]
-    accelerate = [("accelerate", partial(measure_accelerate, report, trace, dry))]
-    pairs = product(SWEPT, FORMATS)
-    sweep = [(f"sweep {f} {kind}", partial(sweep_tiles, report, sizes, f, kind)) for kind, f in pairs]
-    return {"kernels": kernels, "model": model, "accelerate": accelerate, "sweep": sweep}
+    kernels: dict[str, Callable[[], None]] = {"copies": partial(measure_copies, report, sizes)}
+    kernels |= {f"kernels {format}": partial(measure_kernels, report, sizes, format) for format in FORMATS}
+    kernels |= {"rivals": partial(measure_rivals, report, sizes)}
+    sweeps = {f"sweep {f} {kind}": partial(sweep_tiles, report, sizes, f, kind) for kind, f in product(SWEPT, FORMATS)}
+    kernels |= {name: sweeps.pop(name) for name in [*sweeps] if name.endswith("decode")}
+    kernels |= {f"launches {format}": partial(profile_launches, report, sizes, format) for format in FORMATS}
+    model = {f"model {name}": partial(measure_model, report, name, trace, dry) for name in ("bf16", "int4")}
+    accelerate = {"accelerate": partial(measure_accelerate, report, trace, dry)}
+    parts = {"kernels": kernels, "model": model, "accelerate": accelerate, "sweep": sweeps}
+    return {part: list(steps.items()) for part, steps in parts.items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trace", help="recorded routing (.npz) that models are made to follow; default: the excerpt")
     parser.add_argument("--out", type=Path, help="results as JSON; timelines are written beside it")
-    parser.add_argument("--seconds", type=float, default=520, help="no part begins later than this")
+    parser.add_argument("--seconds", type=float, default=500, help="no part begins later than this")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the emulated device")
     chosen = parser.parse_args(arguments)

@@ -28,6 +28,8 @@ def test_dry_run_measures_every_part(tmp_path):
     kernels = {(row["kernel"], row["format"]) for row in data["rows"] if row["part"] == "kernel"}
     assert {("moebius", "int4"), ("grouped_mm", "bf16"), ("batched_mm", "bf16")} <= kernels
     assert all(row["error"] < 0.02 for row in data["rows"] if "error" in row), "timed what computes something else"
+    launches = {(row["format"], row["tokens"]) for row in data["rows"] if row["part"] == "launches" and row["us"]}
+    assert launches >= {("bf16", 1), ("int4", 20)}
     models = {(row["variant"], row["format"], row["budget"]) for row in data["rows"] if row["part"] == "model"}
     budgets = {("moebius", format, budget) for format in ("bf16", "int4") for budget in (0.125, 0.25, 0.5, 0.75, 1.0)}
     budgets |= {("fetch only", format, budget) for _, format, budget in budgets if budget < 1}
@@ -63,4 +65,4 @@ def test_no_part_begins_after_the_deadline():
     data = gpu.main(["--dry-run", "--seconds", "0"])
     assert data["rows"] == []
     assert "model bf16" in data["skipped"]
-    assert "sweep bf16 decode" in data["skipped"]
+    assert {"sweep bf16 decode", "sweep int4 prompt"} <= {*data["skipped"]}
