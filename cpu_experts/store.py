@@ -20,7 +20,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 
 @dataclass(frozen=True, eq=False)
 class ExpertStore:
-    """The experts of one layer, in records in the layout's format, or, in a float format, wherever their tensors are.
+    """The experts of one layer, in records in the layout's format, or wherever the parts of such records are.
 
     Fill records through the views of `weights`; afterwards a store is read by any number of threads and never written.
 
@@ -28,8 +28,8 @@ class ExpertStore:
         spec: the mathematics of the layer's experts.
         layout: the byte layout of a record.
         num_experts: E.
-        content: records uint8 [E, layout.nbytes], contiguous, on the CPU, aligned to `RECORD_ALIGNMENT` bytes; or each
-            weight's tensors by its name, one an expert, contiguous, on the CPU.
+        content: records uint8 [E, layout.nbytes], contiguous, on the CPU, aligned to `RECORD_ALIGNMENT` bytes; or
+            tensors by the names of `layout.parts()`, one an expert, contiguous, on the CPU.
         files: mapped files that have it, if any do.
     """
 
@@ -98,10 +98,7 @@ class ExpertStore:
 
         What is in files can only be read.
         """
-        if isinstance(self.content, torch.Tensor):
-            return unpack(self.layout, self.content[expert])
-        views = {name: tensors[expert] for name, tensors in self.content.items()}
-        return ExpertWeights(*(views.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+        return unpack(self.layout, {name: tensors[expert] for name, tensors in self.parts.items()})
 
     def check_unchanged(self) -> None:
         """Raise ValueError where a file was written to, or cut short, where it lies."""

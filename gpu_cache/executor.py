@@ -57,6 +57,6 @@ def run_reference(
 ) -> torch.Tensor:
     """The experts in plain torch on the device of x, fp32 throughout."""
     out, there = torch.zeros(x.shape, dtype=torch.float32, device=x.device), slots >= 0
-    weights = [unpack(layout, pool[int(slot)]) for slot in slots[there]]
+    weights = [unpack(layout, layout.stored(pool[int(slot)])) for slot in slots[there]]
     moe_forward(spec, weights, x, select(routes, there), out)
     return out

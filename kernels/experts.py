@@ -183,13 +183,6 @@ class RecordLayout:
             for name, part in self.parts().items()
         }
 
-    def view(self, records: torch.Tensor) -> ExpertWeights:
-        """Views of the weights of records in a float format, [..., *shape]; see `packing.unpack` for all formats."""
-        if self.quantized:
-            raise ValueError(f"weights in {self.format} are codes and scales and have no view; unpack them")
-        stored = self.stored(records)
-        return ExpertWeights(*(stored.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
-
 
 def _place(tensors: list[tuple[str, tuple[int, ...], torch.dtype]], alignment: int) -> dict[str, Part]:
     parts, end = {}, 0

@@ -16,6 +16,7 @@ from moebius.kernels.formats import FLOATS, GROUP, Coding
 from moebius.kernels.numba import matrices
 from moebius.kernels.numba.quantizer import quantize_into
 
+_HALF = GROUP // 2
 _RANGES = {8: (-127, 127), 4: (-8, 7)}  # of codes
 # Multiples of the scale that maps a group's largest weight to the end of the range, from where the search begins
 _STARTS = {8: (1.0,), 4: (1.0, 0.88, 0.77)}
@@ -31,6 +32,7 @@ class CodedMatrix:
         codes: uint8 [n, bytes], as records have them; see `encoding.to_bytes`.
         scales, zeros: [*coding.blocks((n, m))], in the types of `moebius.kernels.formats`.
         order: where columns are not grouped in their order, the block of each, int64 [m].
+        paired: whether 4-bit codes are [n, m / 2] yet, neighbours in one byte, the first of them in its low bits.
     """
 
     coding: Coding
@@ -39,12 +41,17 @@ class CodedMatrix:
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    paired: bool = False
 
     def numbers(self) -> torch.Tensor:
         """The weights, fp32 [n, m]."""
+        stored = self.codes
+        if self.paired:
+            rows, nbytes = len(stored), -(-self.columns // GROUP) * _HALF
+            stored = _part_pairs(stored, torch.empty(rows, nbytes, dtype=torch.uint8, device=stored.device))
         if self.order is None:
-            return unpack_matrix(self.coding, self.columns, self.codes, self.scales, self.zeros)
-        codes, ungrouped = from_bytes(self.codes, self.columns, self.coding.bits), replace(self.coding, columns=GROUP)
+            return unpack_matrix(self.coding, self.columns, stored, self.scales, self.zeros)
+        codes, ungrouped = from_bytes(stored, self.columns, self.coding.bits), replace(self.coding, columns=GROUP)
         matrix = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for block in range(self.scales.shape[1]):
             mine = self.order == block
@@ -59,13 +66,14 @@ class CodedMatrix:
         return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
 
 
-def from_pairs(pairs: torch.Tensor) -> torch.Tensor:
-    """4-bit codes uint8 [n, m / 2] that lie two to a byte, neighbours together, the first in the low bits, as records
-    have them."""
-    pairs = F.pad(pairs, (0, -pairs.shape[-1] % (GROUP // 2)))
-    if pairs.device.type == "cpu":
-        return matrices.part_pairs(pairs)
-    return to_bytes(torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2), 4)
+def _part_pairs(pairs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Bring `paired` codes into the order of records, into `target` uint8 [n, 16 g], which is returned."""
+    if padding := target.shape[-1] - pairs.shape[-1]:
+        pairs = F.pad(pairs, (0, padding))
+    if target.device.type == "cpu":
+        matrices.part_pairs(pairs, target)
+        return target
+    return target.copy_(to_bytes(torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2), 4))
 
 
 def has_nan(coding: Coding, codes: torch.Tensor) -> bool:
@@ -87,7 +95,11 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
     for name, matrix in weights.items():
         if isinstance(matrix, CodedMatrix):
             if matrix.coding == coding and matrix.order is None:
-                _put(name, stored, matrix.codes, matrix.scales, matrix.zeros)
+                if matrix.paired:
+                    _part_pairs(matrix.codes, stored[name])
+                else:
+                    stored[name].copy_(matrix.codes)
+                _put_scales(name, stored, matrix.scales, matrix.zeros)
                 continue
             weight = matrix.numbers()
         else:
@@ -100,10 +112,7 @@ def pack(layout: RecordLayout, records: torch.Tensor, weights: Mapping[str, torc
             _encode_to(weight, coding, name, stored)
 
 
-def _put(
-    name: str, stored: dict[str, torch.Tensor], codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> None:
-    stored[name].copy_(codes)
+def _put_scales(name: str, stored: dict[str, torch.Tensor], scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
     stored[f"{name}_scale"].copy_(scales)
     if zeros is not None:
         stored[f"{name}_zero"].copy_(zeros)
@@ -115,7 +124,8 @@ def _encode_to(weight: torch.Tensor, coding: Coding, name: str, stored: dict[str
             _encode_to(weight[index], coding, name, {key: part[index] for key, part in stored.items()})
         return
     codes, scales, zeros = encode(coding, weight)
-    _put(name, stored, to_bytes(codes, coding.bits), scales, zeros)
+    stored[name].copy_(to_bytes(codes, coding.bits))
+    _put_scales(name, stored, scales, zeros)
 
 
 def _quantize_to(weight: torch.Tensor, bits: int, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -138,14 +148,16 @@ def _starts(bits: int) -> list[float]:
     return [end / multiple for multiple in _STARTS[bits] for end in _RANGES[bits]]
 
 
-def unpack(layout: RecordLayout, records: torch.Tensor) -> ExpertWeights:
-    """The weights of records (uint8 [..., layout.nbytes]): views in float formats, fp32 copies in quantised ones."""
-    coding, stored = layout.coding, layout.stored(records)
-    if coding is None:
-        return layout.view(records)
+def unpack(layout: RecordLayout, stored: Mapping[str, torch.Tensor]) -> ExpertWeights:
+    """The weights of an expert, or of several: the tensors themselves in float formats, fp32 copies in quantised ones.
+
+    Args:
+        stored: [..., *shape] each, by the names of `layout.parts()`, as `layout.stored` has them of records.
+    """
+    coding = layout.coding
     weights = {
         name: unpack_matrix(coding, shape[-1], stored[name], stored[f"{name}_scale"], stored.get(f"{name}_zero"))
-        if len(shape) == 2
+        if coding is not None and len(shape) == 2
         else stored[name]
         for name, shape in layout.shapes().items()
     }

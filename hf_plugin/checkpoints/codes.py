@@ -14,7 +14,7 @@ import torch
 
 from moebius.kernels.encoding import to_bytes
 from moebius.kernels.formats import GROUP, SCALES, Coding
-from moebius.kernels.packing import CodedMatrix, from_pairs, has_nan
+from moebius.kernels.packing import CodedMatrix, has_nan
 
 Tensors = Mapping[str, torch.Tensor]  # of one weight, by the end of their names
 
@@ -119,7 +119,8 @@ def _of_bytes(code: str, codes: torch.Tensor, scales: torch.Tensor, size: Any) -
 def _fp8(tensors: Tensors, size: Any) -> CodedMatrix:
     weight, scales = tensors["weight"], tensors["weight_scale_inv"]
     if weight.dtype in (torch.int8, torch.uint8):  # e2m1, two to a byte
-        return _of_blocks("e2m1", 2 * weight.shape[1], from_pairs(weight.view(torch.uint8)), scales, None)
+        matrix = _of_blocks("e2m1", 2 * weight.shape[1], weight.view(torch.uint8), scales, None)
+        return replace(matrix, paired=True)
     if weight.dtype != torch.float8_e4m3fn:
         raise ValueError(f"weights are {weight.dtype}, not e4m3")
     return _of_bytes("e4m3", weight.view(torch.uint8), scales, size)
@@ -131,7 +132,7 @@ def _mxfp4(tensors: Tensors) -> CodedMatrix:
         raise ValueError(f"blocks {blocks.dtype} {list(blocks.shape)} do not belong to scales {list(scales.shape)}")
     scales, scale = _scales(scales)
     pairs = blocks.flatten(-2)
-    return CodedMatrix(Coding("e2m1", 1, GROUP, scale), 2 * pairs.shape[-1], from_pairs(pairs), scales)
+    return CodedMatrix(Coding("e2m1", 1, GROUP, scale), 2 * pairs.shape[-1], pairs, scales, paired=True)
 
 
 def _words(packed: torch.Tensor) -> torch.Tensor:
@@ -232,8 +233,9 @@ def _compressed_method(config: Mapping[str, Any]) -> Method:
         points = tensors.get("weight_zero_point")
         zeros = None if points is None else _unpacked(points, 4, 0)[:rows]
         order = tensors.get("weight_g_idx") if ordered else None
-        codes = from_pairs(packed[:rows, : -(-columns // 2)])
-        return _int4(columns, codes, scales.reshape(rows, -1), zeros, _group_size(weights[0]), order)
+        codes = packed[:rows, : -(-columns // 2)]
+        matrix = _int4(columns, codes, scales.reshape(rows, -1), zeros, _group_size(weights[0]), order)
+        return replace(matrix, paired=True)
 
     packed = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     plain = ("weight", "weight_scale", "weight_zero_point")

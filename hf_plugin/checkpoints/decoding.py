@@ -13,8 +13,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from moebius.hf_plugin.checkpoints.codes import Method
 from moebius.hf_plugin.checkpoints.conversions import ReadWeight
-from moebius.hf_plugin.checkpoints.reading import Reader, Record, Stored
+from moebius.hf_plugin.checkpoints.reading import Record, Source, Stored
 from moebius.hf_plugin.discovery.adapters import ExpertParams
+from moebius.kernels.experts import RecordLayout
 from moebius.kernels.packing import CodedMatrix
 
 if TYPE_CHECKING:
@@ -162,23 +163,39 @@ class CodedPiece:
     Args:
         keys: their names, by the ends of these.
         places: where they are.
-        parts: the parts of the record that the matrix is, and which of its rows each of them has (None: all).
+        rows: the parts of the record that the matrix is, and which of its rows each of them has (None: all).
     """
 
     operation: Decode
     expert: int
     keys: Mapping[str, str]
     places: Mapping[str, Stored]
-    parts: Mapping[str, slice | None]
+    rows: Mapping[str, slice | None]
 
     @property
     def tensors(self) -> Sequence[Stored]:
         return list(self.places.values())
 
-    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
-        matrix = self.operation.read(self.keys, {end: reader.load(place) for end, place in self.places.items()})
-        parts = {part: matrix if rows is None else matrix.rows(rows) for part, rows in self.parts.items()}
+    def fill(self, held: Record, record: torch.Tensor, source: Source) -> None:
+        matrix = self._matrix(source)
+        parts = {part: matrix if rows is None else matrix.rows(rows) for part, rows in self.rows.items()}
         held.fill_coded(record, parts)
+
+    def parts(self, layout: RecordLayout) -> Mapping[str, Stored]:
+        """Those of a plain matrix of 8-bit codes, which all methods that have them store as records do."""
+        (part, rows), *more = self.rows.items()
+        codes, *scales = sorted(self.places.values(), key=lambda place: place.nbytes, reverse=True)
+        if more or rows is not None or len(scales) != 1 or layout.coding is None or layout.coding.bits != 8:
+            return {}
+        found, known = {part: codes, f"{part}_scale": scales[0]}, layout.parts()
+        same = codes.shape == known[part].shape and scales[0].nbytes == known[f"{part}_scale"].nbytes
+        return found if same and codes.dtype.itemsize == 1 else {}
+
+    def check(self, source: Source) -> None:
+        self._matrix(source)
+
+    def _matrix(self, source: Source) -> CodedMatrix:
+        return self.operation.read(self.keys, {end: source.load(place) for end, place in self.places.items()})
 
 
 class QuantizedWeight(ReadWeight):

@@ -11,15 +11,16 @@ import os
 import re
 import weakref
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import psutil
 import torch
 
 from moebius.cpu_experts.mapped_file import MappedFile
-from moebius.hf_plugin.checkpoints.intake import Intake
-from moebius.hf_plugin.checkpoints.reading import RUN, Matrix, Piece
+from moebius.hf_plugin.checkpoints.intake import READERS, Intake
+from moebius.hf_plugin.checkpoints.reading import RUN, Piece, Source, Stored, runs
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.running.held import HeldWeights
 
@@ -49,6 +50,34 @@ def _file_system(folder: str) -> str:
     return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype  # the last one mounted is seen
 
 
+class _Arrival:
+    """Mapped files that are being brought into memory, as a whole and in their order; a source of their tensors."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = {file: MappedFile(file) for file in files}
+        self._pool = ThreadPoolExecutor(READERS, "moebius-populate")
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)  # else a load that fails reads on
+        self._runs = {name: self._populate(file) for name, file in self.files.items()}
+
+    def _populate(self, file: MappedFile) -> list[Future[None]]:
+        size = len(file.bytes)
+        return [self._pool.submit(file.populate, at, min(at + RUN, size)) for at in range(0, size, RUN)]
+
+    def close(self) -> None:
+        """Bring no more, and wait for the threads to end."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def load(self, stored: Stored) -> torch.Tensor:
+        """A tensor where it lies in its mapped file, once it is in memory."""
+        for run in self._runs[stored.file][stored.offset // RUN : (stored.end - 1) // RUN + 1]:
+            run.result()
+        return self.files[stored.file].tensor(stored.offset, stored.dtype, stored.shape)
+
+    def read(self, stored: Stored, into: torch.Tensor) -> None:
+        """Copy a tensor."""
+        into.copy_(self.load(stored))
+
+
 class InPlace(Intake):
     """Leaves the experts' weights in the files, and brings these into memory; what kernels cannot read is copied.
 
@@ -57,38 +86,37 @@ class InPlace(Intake):
 
     def _bring(self, files: Sequence[str]) -> None:
         super()._bring(())  # all is asked for at once here
-        self._files = {file: MappedFile(file) for file in files}
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)  # else a load that fails reads on
-        self._arriving = {name: self._populate(file) for name, file in self._files.items()}
+        self._arrival = self._undo.enter_context(closing(_Arrival(files)))
         for held in self._helds.values():  # unless they turn out to be as kernels read them
             held.note = f"{_COPIED}they have biases there, or are in another order or dtype than the kernels read"
 
-    def _populate(self, file: MappedFile) -> list[Future[None]]:
-        size = len(file.bytes)
-        return [self._pool.submit(file.populate, at, min(at + RUN, size)) for at in range(0, size, RUN)]
-
     def _reads(self, held: HeldWeights, pieces: Sequence[Piece]) -> list[Future[None]]:
-        matrices = [piece for piece in pieces if isinstance(piece, Matrix)]
-        if held.layout.dtype != held.dtype or {matrix.part for matrix in matrices} != held.layout.parts().keys():
+        found = [piece.parts(held.layout) for piece in sorted(pieces, key=lambda piece: piece.expert)]
+        known, files = held.layout.parts(), self._arrival.files
+        if not all(found) or {part for parts in found for part in parts} != known.keys():
             return super()._reads(held, pieces)
-        parts: dict[str, list[torch.Tensor]] = {}
-        arriving: dict[Future[None], None] = {}  # in the order of the files
-        for stored, part, _ in sorted(matrices, key=lambda matrix: matrix.expert):
-            tensor = self._files[stored.file].tensor(stored.offset, stored.dtype, stored.shape)
-            parts.setdefault(part, []).append(tensor)
-            last = stored.offset + stored.nbytes - 1
-            arriving |= dict.fromkeys(self._arriving[stored.file][stored.offset // RUN : last // RUN + 1])
-        held.use(parts, [self._files[name] for name in {matrix.stored.file: None for matrix in matrices}])
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for part, stored in (item for parts in found for item in parts.items()):
+            there = files[stored.file].tensor(stored.offset, known[part].dtype, known[part].shape)
+            tensors.setdefault(part, []).append(there)
+        held.use(tensors, [files[name] for name in {stored.file: None for parts in found for stored in parts.values()}])
         held.note = _USED
-        return list(arriving)
+        return [self._pool.submit(self._check, run) for run in runs(pieces)]
+
+    def _check(self, run: Sequence[Piece]) -> None:
+        for piece in run:
+            piece.check(self._arrival)
+
+    def _source(self) -> AbstractContextManager[Source]:
+        return nullcontext(self._arrival)
 
 
 def into_memory(options: Options, helds: Collection[HeldWeights], files: Sequence[str]) -> type[Intake]:
-    """The intake for a load whose experts have room in memory, and are plain numbers in the files.
+    """The intake for a load whose experts have room in memory.
 
     A device wants records, which it copies in one piece and pins.
     """
-    stay = [held for held in helds if not held.layout.quantized and held.layout.dtype == held.dtype]
+    stay = [held for held in helds if held.lossless]
     if options.device != "cpu" or not stay:
         return Intake
     if (reason := slow_to_map(files)) is None:

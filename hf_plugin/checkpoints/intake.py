@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from moebius.cpu_experts.record_file import LayerFacts, RecordFile
 from moebius.cpu_experts.record_writer import RecordWriter
 from moebius.hf_plugin.checkpoints.read_ahead import ReadAhead
-from moebius.hf_plugin.checkpoints.reading import Piece, Reader, Shards, Stored, runs
+from moebius.hf_plugin.checkpoints.reading import Piece, Reader, Shards, Source, Stored, runs
 from moebius.hf_plugin.running.held import HeldWeights
 
 READERS = 4  # threads at least: they wait for the disk, and for Python's lock between two reads
@@ -95,7 +95,16 @@ class Intake:
     def _reads(self, held: HeldWeights, pieces: Sequence[Piece]) -> list[Future[None]]:
         """Begin to bring pieces to where they belong."""
         records = held.store.records  # allocated here, and not by several threads
-        return [self._pool.submit(_fill, held, records, run) for run in runs(pieces)]
+        return [self._pool.submit(self._fill, held, records, run) for run in runs(pieces)]
+
+    def _fill(self, held: HeldWeights, records: torch.Tensor, run: Sequence[Piece]) -> None:
+        with self._source() as source:
+            for piece in run:
+                piece.fill(held, records[piece.expert], source)
+
+    def _source(self) -> AbstractContextManager[Source]:
+        """Where one thread gets tensors from."""
+        return closing(Reader())
 
     def refuse(self, error: Exception) -> None:
         """Have `finish` raise that a weight cannot be put together."""
@@ -245,12 +254,6 @@ class FromFile:
 
     def abandon(self) -> None:
         """Nothing is open but the file, which goes with this."""
-
-
-def _fill(held: HeldWeights, records: torch.Tensor, run: Sequence[Piece]) -> None:
-    with closing(Reader()) as reader:
-        for piece in run:
-            piece.fill(held, records[piece.expert], reader)
 
 
 def file_layers(helds: Mapping[str, HeldWeights]) -> dict[str, LayerFacts]:

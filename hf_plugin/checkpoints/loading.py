@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +73,10 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
             kwargs["dtype"] = getattr(config, "dtype", None) or torch.bfloat16
     kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
     try:
-        result: Any = kind.from_pretrained(
-            name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen
-        )
+        with _old_objects_left_alone(), _nothing_read_ahead():
+            result: Any = kind.from_pretrained(
+                name_or_path, **{"use_safetensors": True, **kwargs}, quantization_config=chosen
+            )
     except BaseException as error:
         chosen.abandon()
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
@@ -80,6 +84,36 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
             raise
         raise unknown_option(unknown[1], ", which from_pretrained of transformers does not know either") from error
     return result
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Have the garbage collector look at new objects only: going through those of torch and transformers, again and
+    again while a load makes more, took 0.3 of its 1.2 s (FP8 experts of 1.5 GB)."""
+    if gc.get_freeze_count():  # somebody else's, which unfreezing would undo
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _nothing_read_ahead() -> Iterator[None]:
+    """Have transformers read a tensor when it is asked for: of a quantised checkpoint its threads would read all, and
+    those of experts are read here."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _configuration(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

@@ -39,7 +39,6 @@ from moebius.hf_plugin.running import expert_files
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import PatchedLayer
 from moebius.hf_plugin.running.runtime import default_threads
-from moebius.kernels.formats import FLOATS
 
 METHOD = "moebius"
 _TO_BE_INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")  # what transformers makes a device_map of
@@ -165,8 +164,7 @@ class MoebiusQuantizer(HfQuantizer):
         if config.into is not None:
             return IntoFile(helds, threads, files, verify, config.into, {})
         if budget is None:
-            kind = Intake if self._checkpoint is not None else into_memory(config.options, helds.values(), files)
-            return kind(helds, threads, files, verify)
+            return into_memory(config.options, helds.values(), files)(helds, threads, files, verify)
         path, facts = expert_files.cached(files, layers)
         if path.exists():
             return FromFile(helds, expert_files.open_for(path, layers))
@@ -305,7 +303,6 @@ class MoebiusQuantizer(HfQuantizer):
         layers = []
         for index, site in enumerate(self._sites):
             held = self._held_by_owner[site.owner]
-            held.lossless = held.layout.format == site.coded or FLOATS.get(held.layout.format) == held.dtype
             self._verify(site, held)
             layers.append(PatchedLayer(index, site, parent_of(model, site.name), held))
         for layer in layers:

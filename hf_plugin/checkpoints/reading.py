@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from moebius.kernels.experts import RecordLayout
 from moebius.kernels.packing import CodedMatrix
 
 RUN = 64 << 20  # bytes that one thread reads in order: enough for the kernel to read ahead of it
@@ -47,6 +48,11 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Bytes from the file's start to the first byte after it."""
+        return self.offset + self.nbytes
 
     def split(self, shape: tuple[int, ...]) -> list[Stored]:
         """The tensors of a shape that follow each other in this one."""
@@ -93,6 +99,16 @@ class Reader:
             self._file.close()
 
 
+class Source(Protocol):
+    """Where a file's tensors come from; `Reader`."""
+
+    def read(self, stored: Stored, into: torch.Tensor) -> None:
+        """Fill a contiguous tensor of the same dtype and shape, in host memory."""
+
+    def load(self, stored: Stored) -> torch.Tensor:
+        """A tensor, in host memory, that is not written to."""
+
+
 class Record(Protocol):
     """An expert's record as far as files have it as it is; `HeldWeights`."""
 
@@ -114,8 +130,14 @@ class Piece(Protocol):
     def tensors(self) -> Sequence[Stored]:
         """All that is read."""
 
-    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
+    def fill(self, held: Record, record: torch.Tensor, source: Source) -> None:
         """Read it into the expert's record."""
+
+    def parts(self, layout: RecordLayout) -> Mapping[str, Stored]:
+        """The parts of the expert's record that files have as the record would; none where any of them differs."""
+
+    def check(self, source: Source) -> None:
+        """Raise ValueError for what no weight can be."""
 
 
 class Matrix(NamedTuple):
@@ -129,8 +151,14 @@ class Matrix(NamedTuple):
     def tensors(self) -> Sequence[Stored]:
         return [self.stored]
 
-    def fill(self, held: Record, record: torch.Tensor, reader: Reader) -> None:
-        held.fill_part(record, self.part, partial(reader.read, self.stored))
+    def fill(self, held: Record, record: torch.Tensor, source: Source) -> None:
+        held.fill_part(record, self.part, partial(source.read, self.stored))
+
+    def parts(self, layout: RecordLayout) -> Mapping[str, Stored]:
+        return {self.part: self.stored} if layout.parts()[self.part].dtype == self.stored.dtype else {}
+
+    def check(self, source: Source) -> None:
+        source.load(self.stored)  # any number can be a weight, once it is there
 
 
 def runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -47,7 +47,6 @@ class HeldWeights:
             name: _placeholder(tensor.shape, tensor.dtype, self.parameters[name]) for name, tensor in tensors.items()
         }
         self.absent = set(tensors)  # weights that no tensor has filled yet
-        self.lossless = True  # whether the store gives the weights back bit for bit
         self._params, self._kept = site.params, tensors if keep else None
         self._devices = {name: loaded[name].device if name in loaded else _HOST for name in tensors}
         self.surplus: dict[str, torch.Tensor] = {}  # rows that no expert has, which a checkpoint holds nevertheless
@@ -56,6 +55,8 @@ class HeldWeights:
             RecordLayout.of(site.spec, format),
             site.params.num_experts,
         )
+        # Whether the weights can be given back, bit for bit
+        self.lossless = keep or format == site.coded or FLOATS.get(format) == site.dtype
         self._store: ExpertStore | None = None
         self._adopted = False  # whether the records are in a file
         self.note = ""  # what a reader of the statistics should know of where they are
@@ -81,7 +82,7 @@ class HeldWeights:
         self.absent.clear()
 
     def use(self, parts: Mapping[str, Sequence[torch.Tensor]], files: Iterable[MappedFile]) -> None:
-        """Have all weights where they are: in each expert's tensors, by the names of `ExpertWeights`, in files."""
+        """Have all weights where they are: in each expert's tensors, by the names of `layout.parts()`, in files."""
         self._store = ExpertStore(self.spec, self.layout, self.num_experts, parts, tuple(files))
 
     def drop(self) -> None:
@@ -177,7 +178,7 @@ class HeldWeights:
                 f"model with dtype={str(dtype).removeprefix('torch.')!r}"
             )
         format = next((name for name, known in FLOATS.items() if known == dtype), None)
-        if format is None or (not self.lossless and self._kept is None):
+        if format is None or not self.lossless:
             raise RuntimeError(
                 f"the patched experts of {name!r} are {self.dtype}, stored as {self.layout.format}, and cannot "
                 f"become {dtype}: unpatch the model, convert it, and patch it again "

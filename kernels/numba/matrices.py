@@ -51,18 +51,34 @@ def _part_pairs(typingctx, source, target):  # type: ignore[no-untyped-def]
     return types.void(source, target), codegen
 
 
-@entry("void(int64, int64, int64)")
-def _part_all_pairs(source, target, groups):  # type: ignore[no-untyped-def]
-    for group in range(groups):
-        _part_pairs(source + _HALF * group, target + _HALF * group)
+@entry("void(int64, int64, int64, int64, int64)")
+def _part_all_pairs(source, pitch, target, rows, groups):  # type: ignore[no-untyped-def]
+    for row in range(rows):
+        for group in range(groups):
+            _part_pairs(source + pitch * row + _HALF * group, target)
+            target += _HALF
+
+
+@intrinsic
+def _nans(typingctx, codes):  # type: ignore[no-untyped-def]
+    """Which of the 64 bytes at `codes` are NaN in e4m3, a bit each."""
+    bytes_ = ir.VectorType(ir.IntType(8), 64)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        loaded, nan = builder.load(builder.inttoptr(args[0], bytes_.as_pointer()), align=1), bytes_([127] * 64)
+        return builder.bitcast(builder.icmp_unsigned("==", builder.and_(loaded, nan), nan), ir.IntType(64))
+
+    return types.uint64(codes), codegen
 
 
 @entry("boolean(int64, int64)")
 def _has_nan(codes, count):  # type: ignore[no-untyped-def]
-    largest = np.uint8(0)
-    for i in range(count):
-        largest = max(largest, np.uint8(peek(codes + i, np.uint8(0)) & 127))
-    return largest == 127
+    found, whole = np.uint64(0), count - count % 64
+    for i in range(0, whole, 64):
+        found |= _nans(codes + i)
+    for i in range(whole, count):
+        found |= np.uint64(peek(codes + i, np.uint8(0)) & 127 == 127)
+    return found != 0
 
 
 @entry("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
@@ -94,12 +110,18 @@ def _decode_rows(place, rows, columns, kind, scale_rows, scale_columns, element)
             codes, target = codes + group_bytes(element), target + 4 * GROUP
 
 
-def part_pairs(pairs: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [n, 16 g] that lie two to a byte, neighbours together, in the order of records."""
-    pairs = pairs.contiguous()
-    result = torch.empty_like(pairs)
-    _part_all_pairs(pairs.data_ptr(), result.data_ptr(), pairs.numel() // _HALF)
-    return result
+def part_pairs(pairs: torch.Tensor, target: torch.Tensor) -> None:
+    """Bring codes uint8 [n, 16 g] that lie two to a byte, neighbours together, into the order of records.
+
+    Args:
+        pairs: contiguous in the last dimension.
+        target: of the same shape, contiguous.
+    """
+    rows, nbytes = pairs.shape
+    assert target.shape == pairs.shape, (target.shape, pairs.shape)
+    assert target.is_contiguous(), target.stride()
+    assert pairs.stride(1) == 1, pairs.stride()
+    _part_all_pairs(pairs.data_ptr(), pairs.stride(0), target.data_ptr(), rows, nbytes // _HALF)
 
 
 def has_nan(codes: torch.Tensor) -> bool:

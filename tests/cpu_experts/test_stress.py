@@ -82,7 +82,7 @@ while not go.exists():
 layout = RecordLayout.of(ExpertSpec(64, 32), "int4")
 records = torch.zeros(layout.nbytes, dtype=torch.uint8)
 pack(layout, records, {"up": torch.ones(32, 64)})
-assert torch.allclose(unpack(layout, records).up, torch.ones(32, 64), rtol=1e-3)
+assert torch.allclose(unpack(layout, layout.stored(records)).up, torch.ones(32, 64), rtol=1e-3)
 assert build_routes(np.array([[1, 0]]), np.ones((1, 2), np.float32), 2).experts.tolist() == [0, 1]
 """
 

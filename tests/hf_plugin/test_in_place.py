@@ -24,6 +24,7 @@ from moebius.cpu_experts.store import ExpertStore
 from moebius.hf_plugin.checkpoints import in_place
 from tests import zoo
 from tests.conftest import RunPython
+from tests.hf_plugin import quantized_checkpoints
 from tests.hf_plugin.helpers import assert_close, assert_same_weights, greedy, logits, prompt, weights
 
 PLAIN = ("qwen3_moe", "granitemoe", "mixtral", "nemotron_h")  # two a tensor for each expert, two packed; one ungated
@@ -142,6 +143,47 @@ def test_tensors_at_odd_bytes(name: str, dtype: torch.dtype, tmp_path: Path) -> 
     assert torch.equal(logits(model, ids), want)
     moebius.unpatch(model)
     assert_same_weights(model, weights(stock))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("qwen3_moe", "fp8"), ("nemotron_h", "fp8"), ("qwen3_moe", "int8"), ("mixtral", "float8")],
+)
+def test_codes_of_eight_bits(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches scales of another expert or matrix, aligned loads of them, and a copy."""
+    quantized_checkpoints.write(name, tmp_path, method)
+    stock = zoo.build(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(in_place, "slow_to_map", lambda files: "because")
+        copied = moebius.from_pretrained(str(tmp_path), device="cpu")
+    ids = prompt(stock)
+    want = logits(copied, ids)
+    before = weights(moebius.unpatch(copied))
+    monkeypatch.setattr(ExpertStore, "empty", lambda *_: pytest.fail("allocated"))
+    assert torch.equal(logits(mapped(tmp_path), ids), want)
+    _at_odd_bytes(tmp_path / "model.safetensors")
+    model = mapped(tmp_path)
+    assert torch.equal(logits(model, ids), want)
+    moebius.unpatch(model)
+    assert_same_weights(model, before)
+
+
+def _nan_code(tensors: quantized_checkpoints.Tensors) -> None:
+    name = next(name for name, tensor in tensors.items() if "experts.3" in name and tensor.itemsize == 1)
+    tensors[name].view(torch.uint8)[-1, -1] = 0xFF
+
+
+def _infinite_scale(tensors: quantized_checkpoints.Tensors) -> None:
+    name = next(name for name in tensors if "experts.3" in name and name.endswith("scale_inv"))
+    tensors[name][-1, -1] = torch.inf
+
+
+@pytest.mark.parametrize("change", [_nan_code, _infinite_scale])
+def test_codes_are_checked(change: Callable[[quantized_checkpoints.Tensors], None], tmp_path: Path) -> None:
+    """Catches numbers that nobody has looked at since nobody copied them."""
+    quantized_checkpoints.write("qwen3_moe", tmp_path, "fp8", change)
+    with pytest.raises(ValueError, match=r"experts\.3\..*model\.safetensors.*(NaN|infinite)"):
+        moebius.from_pretrained(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("shard", ["100KB", "200KB", "300KB"])
@@ -265,7 +307,7 @@ def test_a_load_that_fails_reads_no_further(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(in_place, "RUN", 4096)  # the file has a hundred of them
     intake = in_place.InPlace({}, 1, [str(tmp_path / "model.safetensors")], lambda held: None)
     started.wait()
-    pool = intake._pool
+    pool = intake._arrival._pool
     del intake
     resume.set()
     pool.shutdown()
@@ -284,6 +326,17 @@ def test_what_kernels_cannot_read_is_copied_and_said(name: str, options: dict[st
     assert [note for note in moebius.stats(model).notes if "were copied out of the checkpoint's files: they" in note]
     if not options:
         assert_close(logits(model, prompt(stock)), logits(stock, prompt(stock)))
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "gptq", "int4"])
+def test_codes_in_another_order_are_copied_and_said(method: str, tmp_path: Path) -> None:
+    """Catches nibbles that are taken for those of a record."""
+    if method == "mxfp4":
+        quantized_checkpoints.write_mxfp4(tmp_path)
+    else:
+        quantized_checkpoints.write("qwen3_moe", tmp_path, method)
+    model = moebius.from_pretrained(str(tmp_path), device="cpu")
+    assert [note for note in moebius.stats(model).notes if "were copied out of the checkpoint's files: they" in note]
 
 
 @pytest.mark.parametrize("options", [{"device": "emulated"}, {"device": "cpu", "expert_format": "int8"}])

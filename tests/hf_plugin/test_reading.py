@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import moebius
 from moebius.hf_plugin.checkpoints import in_place, reading
+from moebius.hf_plugin.checkpoints.decoding import CodedPiece
 from moebius.hf_plugin.checkpoints.intake import Intake
 from moebius.hf_plugin.checkpoints.reading import Matrix, Reader, Shards, Stored, runs
+from moebius.kernels.experts import ExpertSpec, RecordLayout
 from tests import zoo
 
 DTYPES = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float16, "codes": torch.uint8}
@@ -145,3 +147,15 @@ def test_an_expert_of_another_shape(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"gate_up_proj cannot be put together.*again"):
         moebius.from_pretrained(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format", "lies"), [(torch.int8, "mxfp4", False), (torch.uint8, "int8-1x32-e8m0", True)]
+)
+def test_codes_that_lie_as_in_a_record(dtype: torch.dtype, format: str, lies: bool) -> None:
+    """Catches two codes to a byte, whose shapes are those of a record, but whose order is not."""
+    columns = 64 if format == "mxfp4" else 32
+    layout = RecordLayout.of(ExpertSpec(columns, 4, gated=False), format)
+    places = {"weight": Stored("f", 0, dtype, (4, 32)), "scale": Stored("f", 128, torch.uint8, (4, columns // 32))}
+    piece = CodedPiece(None, 0, {}, places, {"up": None})  # type: ignore[arg-type]
+    assert piece.parts(layout) == ({"up": places["weight"], "up_scale": places["scale"]} if lies else {})

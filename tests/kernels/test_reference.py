@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moebius.kernels.experts import Act, Activation, ExpertSpec, ExpertWeights, RecordLayout
+from moebius.kernels.packing import unpack
 from moebius.kernels.reference import activate, expert_forward, gate_up, moe_forward
 from moebius.kernels.routes import build_routes
 
@@ -74,7 +75,7 @@ def random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
     layout = RecordLayout.of(spec, "fp32")
     generator = torch.Generator().manual_seed(0)
     records = torch.randn(count, layout.nbytes // 4, generator=generator).view(torch.uint8)
-    return [layout.view(record) for record in records]
+    return [unpack(layout, layout.stored(record)) for record in records]
 
 
 def naive(spec: ExpertSpec, w: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
@@ -129,7 +130,8 @@ def test_computation_is_in_the_precision_of_x():
     spec = ExpertSpec(64, 64)
     layout = RecordLayout.of(spec, "bf16")
     record = (0.1 * torch.randn(layout.nbytes // 2, generator=torch.Generator().manual_seed(0))).bfloat16()
-    w, x = layout.view(record.view(torch.uint8)), torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    w = unpack(layout, layout.stored(record.view(torch.uint8)))
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(expert_forward(spec, w, x)[0].double(), naive(spec, w, x[0].double()), rtol=0, atol=1e-5)
 
 

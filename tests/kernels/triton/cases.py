@@ -35,7 +35,7 @@ class Case(NamedTuple):
     def expected(self) -> torch.Tensor:
         """float64 [T, H]."""
         out = torch.zeros(self.x.shape, dtype=torch.float64)
-        weights = [unpack(self.layout, self.pool[slot]) for slot in self.slots]
+        weights = [unpack(self.layout, self.layout.stored(self.pool[slot])) for slot in self.slots]
         moe_forward(self.spec, weights, self.x, self.routes, out)
         return out
 
