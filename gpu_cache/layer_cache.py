@@ -71,7 +71,7 @@ class LayerCache:
         pool, local = self._sound, self._local
         pool.collect()
         slots = pool.claim(local, experts, loading=True)  # first: what came since `lookup` could go again
-        missing = np.flatnonzero(slots < 0)
+        missing = (slots < 0).nonzero()[0]
         if len(missing):
             pool.demand(local, experts[missing])
             slots[missing] = pool.claim(local, experts[missing], loading=True)

@@ -213,7 +213,7 @@ class Pool:
         """Begin copies of the experts that the policy gives a slot; how many."""
         layer, reason, experts, chances = wish
         slots = self.policy.place(self.table, layer, experts, reason, chances)
-        given = np.flatnonzero(slots >= 0)
+        given = (slots >= 0).nonzero()[0]
         if reason is DEMAND and len(given):  # what a launch waits for may come as one copy
             self._begin(layer, slots[given], experts[given], reason)
         elif len(given):  # of others each shall be visible as soon as it can be

@@ -17,11 +17,10 @@ _ALIGNMENT = 16  # of tables: Triton compiles a kernel anew for pointers that ar
 class _Plan(NamedTuple):
     """How tensors of certain shapes and dtypes cross."""
 
-    order: list[int]
-    of_a_row: bool  # each tensor is one row, as it mostly is in decode, and need not be made flat
-    there: torch.Tensor  # uint8 [n] on the device, or [1, n]
-    here: torch.Tensor  # the same, pinned
-    views: list[torch.Tensor]  # of it, as the tensors are
+    there: torch.Tensor  # uint8 [n] on the device
+    here: torch.Tensor  # uint8 [n], pinned
+    views_there: list[torch.Tensor]  # of each, as the tensors are
+    views_here: list[torch.Tensor]
 
 
 class _Sum(NamedTuple):
@@ -78,14 +77,14 @@ class StepBuffers:
             stream.wait_stream(self._stream)
         self._stream = stream
         plan = self._plan(tensors)
-        parts = [tensors[i].contiguous() if plan.of_a_row else tensors[i].ravel() for i in plan.order]
-        torch.cat([part.view(torch.uint8) for part in parts], -1, out=plan.there)
+        for view, tensor in zip(plan.views_there, tensors, strict=True):  # torch.cat of bytes takes the host longer
+            view.copy_(tensor)
         self._driver.fetch(plan.here, plan.there)
         stream.synchronize()
         self._sending = None
         if self._launching == stream:
             self._launching, self._sent = None, 0
-        return list(plan.views)
+        return list(plan.views_here)
 
     def _plan(self, tensors: Sequence[torch.Tensor]) -> _Plan:
         """Where such tensors cross; decode asks for the same in every layer."""
@@ -95,10 +94,7 @@ class StepBuffers:
         nbytes, order = sum(tensor.nbytes for tensor in tensors), _order(tensors)
         with torch.inference_mode(False):
             there, here = self._memory(0, nbytes)
-            views = _views(here, tensors, order)
-            if of_a_row := all(tensor.ndim == 2 and len(tensor) == 1 for tensor in tensors):
-                there, here = there[None], here[None]
-            plan = _Plan(order, of_a_row, there, here, views)
+            plan = _Plan(there, here, _views(there, tensors, order), _views(here, tensors, order))
         if nbytes <= len(self._here[0]):
             if len(self._plans) == _PLANS:
                 self._plans.clear()

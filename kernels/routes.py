@@ -47,8 +47,7 @@ def build_routes(ids: np.ndarray, weights: np.ndarray, num_experts: int) -> Rout
     if ids.dtype.kind not in "iu":
         raise TypeError(f"top-k ids must be integers, not {ids.dtype}")
     ids, weights = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(weights, np.float32)
-    places = ids.ctypes.data, 8, weights.ctypes.data, routing.FP32
-    return _check_range(Routes(*routing.sort_by_expert(*places, *ids.shape, num_experts)), ids, num_experts)
+    return _sort(ids, (ids.ctypes.data, 8, weights.ctypes.data, routing.FP32), num_experts)
 
 
 def sort_routes(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routes:
@@ -68,7 +67,7 @@ def sort_routes(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> R
         weights = weights.float()
     ids, weights = ids.contiguous(), weights.contiguous()
     places = ids.data_ptr(), _ID_BYTES[ids.dtype], weights.data_ptr(), _WEIGHT_KINDS[weights.dtype]
-    return _check_range(Routes(*routing.sort_by_expert(*places, *ids.shape, num_experts)), ids, num_experts)
+    return _sort(ids, places, num_experts)
 
 
 def _check_shapes(ids: np.ndarray | torch.Tensor, weights: np.ndarray | torch.Tensor) -> None:
@@ -78,17 +77,37 @@ def _check_shapes(ids: np.ndarray | torch.Tensor, weights: np.ndarray | torch.Te
         )
 
 
-def _check_range(routes: Routes, ids: np.ndarray | torch.Tensor, num_experts: int) -> Routes:
-    if not len(routes.offsets):
+def _sort(ids: np.ndarray | torch.Tensor, places: tuple[int, int, int, int], num_experts: int) -> Routes:
+    tokens, k = ids.shape
+    numbers, weights = room(tokens * k)
+    active, pairs = routing.sort_by_expert(*places, tokens, k, num_experts, numbers, weights)
+    if active < 0:
         raise ValueError(
             f"expert ids from {int(ids.min())} to {int(ids.max())} were routed, but 0..{num_experts - 1} exist "
             f"(-1 and {num_experts} mean no expert): the router and the experts do not belong together"
         )
-    return routes
+    return routes_in(numbers, weights, active, pairs)
+
+
+def room(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Memory for routes of so many pairs, int32 [3 P + 1] and float32 [P], for compiled code to fill.
+
+    Arrays that compiled code returns take 0.3 us each, ten times what slices do.
+    """
+    return np.empty(3 * pairs + 1, np.int32), np.empty(pairs, np.float32)
+
+
+def routes_in(numbers: np.ndarray, weights: np.ndarray, active: int, pairs: int) -> Routes:
+    """The routes of `active` experts and so many pairs with which compiled code has filled such a `room`."""
+    most = len(weights)
+    tokens = numbers[2 * most + 1 : 2 * most + 1 + pairs]
+    return Routes(numbers[:active], numbers[most : most + active + 1], tokens, weights[:pairs])
 
 
 def select(routes: Routes, mask: np.ndarray) -> Routes:
     """The part of `routes` whose experts have a true entry in `mask` (bool [A])."""
     if mask.shape != routes.experts.shape:
         raise ValueError(f"the mask has the shape {mask.shape}, but {len(routes.experts)} experts are active")
-    return Routes(*routing.keep_experts(*routes, np.ascontiguousarray(mask, np.bool_)))
+    numbers, weights = room(len(routes.tokens))
+    kept = routing.keep_experts(*routes, np.ascontiguousarray(mask, np.bool_), numbers, weights)
+    return routes_in(numbers, weights, *kept)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moebius.kernels.numba.split import assign, costs, finish, observe
-from moebius.kernels.routes import Routes, select
+from moebius.kernels.numba.split import assign, costs, finish, note, observe
+from moebius.kernels.routes import Routes, room, routes_in, select
 
 TINY_US = 1e-3  # below any expert's time, so that ratios stay finite
 KNOTS = np.array([1.0, 4.0, 16.0, 64.0, 256.0])  # numbers of tokens at which curves are known
@@ -20,14 +20,19 @@ _MEMORY = 0.05  # weight of a new observation: about the last 20 calls count
 class Error:
     """How far predicted times were from measured ones: the mean of |predicted / measured - 1|, of late above all."""
 
-    mean: float = 0.0
-    seen: int = 0
+    state: np.ndarray = field(default_factory=lambda: np.zeros(2))  # as `split.observe` has it
+
+    @property
+    def mean(self) -> float:
+        return float(self.state[0])
+
+    @property
+    def seen(self) -> int:
+        return int(self.state[1])
 
     def add(self, predicted: float, measured: float) -> None:
         """Count a prediction; one of nothing, or of what took no time, is none."""
-        if predicted > 0 and measured > 0:
-            self.seen += 1
-            self.mean += max(_MEMORY, 1 / self.seen) * (abs(predicted / measured - 1) - self.mean)
+        note(self.state, predicted, measured, _MEMORY)
 
 
 @dataclass(slots=True)
@@ -74,8 +79,8 @@ class ExpertCost:
 
     def observe(self, tokens: np.ndarray, took_us: float) -> None:
         """One call with experts of these numbers of tokens took `took_us`: the curve moves there, and not elsewhere."""
-        self.start_us, expected = observe(_counts(tokens), took_us, _MEMORY, self.start_us, KNOTS, self.curve)
-        self.error.add(expected, took_us)
+        curve, error = self.curve, self.error.state
+        self.start_us = observe(_counts(tokens), took_us, _MEMORY, self.start_us, KNOTS, curve, error)
 
 
 class Assignment(NamedTuple):
@@ -84,7 +89,7 @@ class Assignment(NamedTuple):
     on_device: np.ndarray  # bool [A]
     there: np.ndarray  # whether each expert is in a slot, wherever it is computed, bool [A]
     tokens: np.ndarray  # of each expert, int32 [A]
-    fetches: np.ndarray  # indices of the device's experts that have to be brought there, heaviest first, int64 [n]
+    fetches: np.ndarray  # indices of the device's experts that have to be brought there, heaviest first, [n]
     absent: np.ndarray  # experts that are in no slot, int32 [n]
     residents: int  # the device's others
     hits: int  # token-expert pairs of those that are
@@ -94,7 +99,7 @@ class Assignment(NamedTuple):
     def where(cls, on_device: np.ndarray, routes: Routes, slots: np.ndarray) -> Assignment:
         """The one that has these experts (bool [A]) on the device, with `slots` as for `CostModel.assign`."""
         there, tokens = slots >= 0, _counts(routes.counts)
-        fetches = np.flatnonzero(on_device & ~there)
+        fetches = np.flatnonzero(on_device & ~there).astype(np.int32)
         heaviest_first = fetches[np.argsort(-tokens[fetches], kind="stable")]
         residents, hits = int((on_device & there).sum()), int(tokens[there].sum())
         absent, on_cpu = routes.experts[~there], select(routes, ~on_device)
@@ -130,9 +135,12 @@ class CostModel:
             routes: of A experts.
             slots: of each active expert, int32 [A]; -1 for those that are not on the device.
         """
-        found = assign(*routes, slots, KNOTS, self.cpu.curve, self.gpu.curve, *self._rates)
-        on_device, there, tokens, fetches, absent, residents, hits, *on_cpu = found
-        return Assignment(on_device, there, tokens, fetches, absent, residents, hits, Routes(*on_cpu))
+        active, mine = len(slots), room(len(routes.tokens))
+        flags, lists = np.empty((2, active), np.bool_), np.empty((3, active), np.int32)
+        curves = KNOTS, self.cpu.curve, self.gpu.curve
+        fetched, absent, residents, hits, *on_cpu = assign(*routes, slots, *curves, *self._rates, flags, lists, *mine)
+        (on_device, there), fetches, missing = flags, lists[1, :fetched], lists[2, :absent]
+        return Assignment(on_device, there, lists[0], fetches, missing, residents, hits, routes_in(*mine, *on_cpu))
 
     def finish(self, tokens: np.ndarray, resident: np.ndarray, on_device: np.ndarray) -> float:
         """Microseconds of a layer whose experts run where `on_device` (bool [A]) says."""

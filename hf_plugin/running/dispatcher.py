@@ -66,10 +66,10 @@ class Tier:
         if self.cache.device.real_link or not fetched:
             self.costs.observe_cpu(tokens, took_us, fetched * self.costs.upload_us)
 
-    def observe_launch(self, tokens: np.ndarray, took_us: float) -> None:
+    def observe_launch(self, ran: Ran, took_us: float) -> None:
         """Let the cost of experts on the device follow a launch; the emulated device's own speed means nothing."""
         if self.device.type != "cpu":
-            self.costs.gpu.observe(tokens, took_us)
+            self.costs.gpu.observe(ran.tokens[ran.slots >= 0], took_us)
 
 
 class Step(NamedTuple):
@@ -173,7 +173,8 @@ def _on_cpu_meanwhile(
     tokens = mine.counts
     for part in _parts(tier, mine, tokens) if share.waiting else [mine]:
         took += _on_cpu(runtime, layer, step.host_x, part, out)
-        share.advance()
+        if share.waiting:
+            share.advance()
     if len(left := share.finish()):
         part = select(step.routes, np.isin(np.arange(len(wanted.tokens)), left))
         tokens = np.concatenate([tokens, wanted.tokens[left]])
@@ -234,7 +235,8 @@ def _merge(
         for one in launched:
             facts = {"layer": index, "experts": len(one.computed), "pairs": int(one.computed.sum())}
             runtime.timeline.watch(DEVICE, f"layer {index}", one.launch.completion, **facts)
-    tier.launches.extend(Ran(index, one.launch.completion, one.slots, one.tokens) for one in launched)
+    for one in launched:
+        tier.launches.append(Ran(index, one.launch.completion, one.slots, one.tokens))
     if len(tier.launches) >= UNCOUNTED:
         runtime.count_launches(tier)
     if out is None:

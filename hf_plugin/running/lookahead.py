@@ -83,7 +83,9 @@ class Lookahead:
         if not self._looking:
             return None
         routing = self._route(layer, x) if len(x) <= MAX_TOKENS else None
-        asked = () if routing is None else (routing.ids,) if routing.scores is None else (routing.ids, routing.scores)
+        if routing is None:
+            return Question((), perf_counter() - begun)
+        asked = (routing.ids,) if routing.scores is None else (routing.ids, routing.scores)
         return Question(tuple(tensor.to(x.device) for tensor in asked), perf_counter() - begun)
 
     def foresee(self, question: Question, layer: int, ids: np.ndarray, tier: Tier | None) -> None:

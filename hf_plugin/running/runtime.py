@@ -313,7 +313,7 @@ class ModelRuntime:
             ran = tier.launches.popleft()
             took_us = ran.completion.elapsed_us()
             self.counters[ran.layer].gpu_ms += took_us / 1e3
-            tier.observe_launch(ran.tokens[ran.slots >= 0], took_us)
+            tier.observe_launch(ran, took_us)
 
 
 _runtimes: WeakSet[ModelRuntime] = WeakSet()

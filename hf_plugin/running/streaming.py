@@ -56,14 +56,14 @@ class DeviceShare:
         self._tokens = wanted.tokens
         self._waiting = wanted.fetches  # those that are still to be fetched
         self._under_way: deque[np.ndarray] = deque()  # slots of each chunk
-        self._chunk = max(1, CHUNK_BYTES // cache.record_bytes)
         self._window = WINDOW
         self._residents: np.ndarray = slots  # pinned until they, too, are needed as a window
         self.fetched = np.zeros(len(slots), bool)
         if wanted.residents:  # those that the CPU takes over are left out
             all_of_them = wanted.residents + len(wanted.absent) == len(slots)
             self._launch(slots if all_of_them else np.where(wanted.on_device, slots, _ABSENT))
-        self.advance()
+        if len(wanted.fetches):
+            self.advance()
 
     @property
     def waiting(self) -> bool:
@@ -72,11 +72,12 @@ class DeviceShare:
 
     def advance(self, wait: bool = False) -> None:
         """Begin as many chunks as the window takes; where `wait` is set, wait for its oldest chunk first if need be."""
+        size = max(1, CHUNK_BYTES // self._cache.record_bytes)
         while self.waiting and self._make_room(wait):
             wait = False
-            chunk, rest = self._waiting[: self._chunk], self._waiting[self._chunk :]
+            chunk, rest = self._waiting[:size], self._waiting[size:]
             slots = self._cache.fetch(self._routes.experts[chunk])
-            if len(missing := np.flatnonzero(slots < 0)):
+            if len(missing := (slots < 0).nonzero()[0]):
                 if len(missing) == len(chunk):
                     self._shrink()
                     continue

@@ -115,7 +115,7 @@ def _use_policy() -> None:
     table.release(slots)
     table.reserve(0, slots, experts)
     table.publish(slots)
-    scatter(1, np.zeros(1, np.int64), slots)
+    scatter(1, np.zeros(1, np.int32), slots)
     Forecaster([_EXPERTS], 1).advance(0, experts[None], None, None, 1.0, 1)
     costs, tokens = CostModel(ExpertCost.line(1.0, 1.0), ExpertCost.line(1.0, 1.0), 1.0), np.ones(1, np.int64)
     routes = build_routes(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), 1)

@@ -40,13 +40,13 @@ _N3, _N4, _N5, _N6 = np.float32(-0.60606614), np.float32(0.75447193), np.float32
 def first_factor(kind, alpha, gate_max, act_max, x):  # type: ignore[no-untyped-def]
     """The factor of the gate (of `up`, where there is no gate); all arguments but the kind are vectors."""
     if kind == _SOFTCAP_SILU:
-        return mul(_softcap(x, gate_max), _sigmoid(mul(alpha, x)))
+        return mul(_softcap(x, gate_max), sigmoid(mul(alpha, x)))
     x = at_most(x, gate_max)
     if kind == _SILU:
-        result = mul(x, _sigmoid(mul(alpha, x)))
+        result = mul(x, sigmoid(mul(alpha, x)))
     elif kind == _GELU_TANH:  # (1 + tanh z) / 2 is the sigmoid of 2 z
         cubic = mul(mul(splat(_GELU_CUBIC), mul(x, x)), x)
-        result = mul(x, _sigmoid(mul(splat(_TWICE_SQRT_2_OVER_PI), add(x, cubic))))
+        result = mul(x, sigmoid(mul(splat(_TWICE_SQRT_2_OVER_PI), add(x, cubic))))
     elif kind == _GELU_ERF:
         result = mul(x, _normal(x))
     else:
@@ -64,7 +64,8 @@ def second_factor(kind, up_max, up_shift, x):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-x))."""
     return div(splat(_ONE), add(splat(_ONE), exp(sub(zeros(), x))))
 
 

@@ -15,8 +15,11 @@ import math
 
 import numpy as np
 
+from moebius.kernels.numba.activations import sigmoid
 from moebius.kernels.numba.bundle import BUNDLE, open1, open2, open3, open4
 from moebius.kernels.numba.jit import entry, helper
+from moebius.kernels.numba.memory import address_of
+from moebius.kernels.numba.simd import LANES, load, store
 
 LAGS = 3
 AHEAD, ROWS = range(2)  # sizes int64: layers ahead; tokens that `last` has room for
@@ -97,7 +100,10 @@ def foresee(state, layer, row):  # type: ignore[no-untyped-def]
             if used >= 0:
                 for expert in range(count):
                     chances[expert] += weights[layer, lag, used, expert]
-    for expert in range(count):
+    whole, begin = count // LANES * LANES, address_of(chances)
+    for place in range(begin, begin + 4 * whole, 4 * LANES):
+        store(place, sigmoid(load(place, _ONE)))
+    for expert in range(whole, count):
         chances[expert] = _ONE / (_ONE + np.float32(math.exp(-chances[expert])))
     if row == holding[layer]:
         holding[layer] += 1
@@ -279,7 +285,9 @@ def any_of(state, layer, rows):  # type: ignore[no-untyped-def]
     """Probability that at least one of the first `rows` tokens uses each expert of `layer`, float32 [E]."""
     none = np.ones(state[1][layer], np.float32)
     for row in range(rows):
-        none *= _ONE - foresee(state, layer, row)
+        chances = foresee(state, layer, row)
+        for expert in range(len(none)):
+            none[expert] *= _ONE - chances[expert]
     return _ONE - none
 
 

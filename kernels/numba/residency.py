@@ -147,11 +147,11 @@ def _revalue(state, layer, experts, used, scores):  # type: ignore[no-untyped-de
     links = _links_of_now(state, layer)
     linked = _follow_links(state, links, len(used))
     errors, trust = np.empty(len(used), np.float32), (1.0 - _LINK_TRUST) * weights[0, size - 2]
-    fresh = np.empty(size)
+    fresh, plain = np.empty(size), 1.0 / (steps[layer] + 1)
     for expert in range(len(used)):
         key = base[layer] + expert
         for i in range(len(rates)):
-            rate = max(rates[i], 1.0 / (steps[layer] + 1))  # at first the plain mean, which a long half-life needs
+            rate = max(rates[i], plain)  # at first the plain mean, which a long half-life needs
             averages[i, key] += rate * (used[expert] - averages[i, key])
             fresh[i] = averages[i, key]
         fresh[size - 3], fresh[size - 2], fresh[size - 1] = scores[expert], linked[expert], _CONSTANT

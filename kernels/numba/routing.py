@@ -22,29 +22,30 @@ def _weight(weights, kind, i):  # type: ignore[no-untyped-def]
     return widen(peek(weights + 2 * i, np.uint16(0))) if kind == BF16 else widen(peek(weights + 2 * i, np.int16(0)))
 
 
-@entry("Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))(int64, int64, int64, int64, int64, int64, int64)")
-def sort_by_expert(ids, nbytes, weights, kind, tokens, k, num_experts):  # type: ignore[no-untyped-def]
+@entry("UniTuple(int64, 2)(int64, int64, int64, int64, int64, int64, int64, int32[::1], float32[::1])")
+def sort_by_expert(ids, nbytes, weights, kind, tokens, k, num_experts, numbers, pair_weights):  # type: ignore[no-untyped-def]
     """Counting sort of the pairs that have an expert and a weight.
 
     Args:
         ids: address of int32 or int64 [T, k], of `nbytes` each.
         weights: address of so many of this `kind`.
+        numbers: is filled with experts, offsets and tokens of `Routes` from 0, P and 2 P + 1 on, int32 [3 P + 1] with
+            P = T k.
+        pair_weights: is filled with the weights, [P].
 
-    Returns the four arrays of `Routes`; empty `offsets` mean that an id is outside -1..E.
+    Returns the numbers of experts and of pairs, or -1 twice where an id is outside -1..E.
     """
     start = np.zeros(num_experts + 1, np.int32)  # start[e + 1] counts e, then becomes where e's next pair goes
     for i in range(tokens * k):
         expert = _id(ids, nbytes, i)
         if expert < -1 or expert > num_experts:
-            nothing = np.empty(0, np.int32)
-            return nothing, nothing, nothing, np.empty(0, np.float32)
+            return -1, -1
         if expert >= 0 and expert < num_experts and _weight(weights, kind, i) != 0:
             start[expert + 1] += 1
-    active = 0
-    for expert in range(num_experts):
-        active += start[expert + 1] > 0
-    experts, offsets = np.empty(active, np.int32), np.zeros(active + 1, np.int32)
+    most = tokens * k
+    experts, offsets, pair_tokens = numbers[:most], numbers[most : 2 * most + 1], numbers[2 * most + 1 :]
     active, total = 0, np.int32(0)
+    offsets[0] = 0
     for expert in range(num_experts):
         count = start[expert + 1]
         start[expert] = total
@@ -53,45 +54,37 @@ def sort_by_expert(ids, nbytes, weights, kind, tokens, k, num_experts):  # type:
             total += count
             active += 1
             offsets[active] = total
-    pair_tokens, pair_weights = np.empty(total, np.int32), np.empty(total, np.float32)
     for t in range(tokens):
         for rank in range(k):
             expert, weight = _id(ids, nbytes, t * k + rank), _weight(weights, kind, t * k + rank)
             if expert >= 0 and expert < num_experts and weight != 0:
                 pair_tokens[start[expert]], pair_weights[start[expert]] = t, weight
                 start[expert] += 1
-    return experts, offsets, pair_tokens, pair_weights
+    return active, np.int64(total)
 
 
-@entry(
-    "Tuple((int32[::1], int32[::1], int32[::1], float32[::1]))"
-    "(int32[::1], int32[::1], int32[::1], float32[::1], boolean[::1])"
-)
-def keep_experts(experts, offsets, tokens, weights, mask):  # type: ignore[no-untyped-def]
+@entry("UniTuple(int64, 2)(int32[::1], int32[::1], int32[::1], float32[::1], boolean[::1], int32[::1], float32[::1])")
+def keep_experts(experts, offsets, tokens, weights, mask, numbers, pair_weights):  # type: ignore[no-untyped-def]
     """`part`, for Python."""
-    return part(experts, offsets, tokens, weights, mask)
+    return part(experts, offsets, tokens, weights, mask, numbers, pair_weights)
 
 
 @helper
-def part(experts, offsets, tokens, weights, mask):  # type: ignore[no-untyped-def]
-    """The part of routes whose experts have a true entry in `mask`."""
+def part(experts, offsets, tokens, weights, mask, numbers, pair_weights):  # type: ignore[no-untyped-def]
+    """The part of routes, of P pairs, whose experts have a true entry in `mask`; filled as by a sort."""
+    most = len(tokens)
+    kept, bounds, kept_tokens = numbers[:most], numbers[most : 2 * most + 1], numbers[2 * most + 1 :]
     active, pairs = 0, 0
-    for i in range(len(experts)):
-        if mask[i]:
-            active += 1
-            pairs += offsets[i + 1] - offsets[i]
-    kept, bounds = np.empty(active, np.int32), np.zeros(active + 1, np.int32)
-    kept_tokens, kept_weights = np.empty(pairs, np.int32), np.empty(pairs, np.float32)
-    active, pairs = 0, 0
+    bounds[0] = 0
     for i in range(len(experts)):
         if mask[i]:
             for p in range(offsets[i], offsets[i + 1]):
-                kept_tokens[pairs], kept_weights[pairs] = tokens[p], weights[p]
+                kept_tokens[pairs], pair_weights[pairs] = tokens[p], weights[p]
                 pairs += 1
             kept[active] = experts[i]
             active += 1
             bounds[active] = pairs
-    return kept, bounds, kept_tokens, kept_weights
+    return active, pairs
 
 
 @entry("int32[::1](int32[::1], int32[::1], float32[::1], int32[::1], int64)")

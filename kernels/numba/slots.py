@@ -133,7 +133,7 @@ def any_there(words, first, experts):  # type: ignore[no-untyped-def]
     return found
 
 
-@entry("int32[::1](int64, int64[::1], int32[::1])")
+@entry("int32[::1](int64, int32[::1], int32[::1])")
 def scatter(count, places, slots):  # type: ignore[no-untyped-def]
     """int32 [count] with `slots` at `places`, and -1 elsewhere."""
     found = np.full(count, np.int32(-1))

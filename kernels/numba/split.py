@@ -46,17 +46,18 @@ def costs(tokens, knots, curve):  # type: ignore[no-untyped-def]
     return found
 
 
-@entry("UniTuple(float64, 2)(int32[::1], float64, float64, float64, float64[::1], float64[::1])")
-def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyped-def]
+@entry("float64(int32[::1], float64, float64, float64, float64[::1], float64[::1], float64[::1])")
+def observe(tokens, took, memory, start, knots, curve, error):  # type: ignore[no-untyped-def]
     """A call with experts of these numbers of tokens took so many microseconds: move the knots that expected another.
 
     A knot moves by its share of the expected time, `memory` at most; the curve stays without a fall.
 
     Args:
         start: microseconds of a call beside its experts.
+        error: mean of |expected / took - 1| and number of such calls, both brought up to date, float64 [2].
 
     Returns:
-        The new `start`, and the microseconds expected.
+        The new `start`.
     """
     share = np.zeros(len(knots))
     total = 0.0
@@ -72,13 +73,27 @@ def observe(tokens, took, memory, start, knots, curve):  # type: ignore[no-untyp
         share[last] += cost * right
         total += cost
     if total <= 0 or took <= 0:
-        return start, 0.0
+        return start
+    _note(error, start + total, took, memory)
     change = memory * (min(max(took / (start + total), 0.1), 10.0) - 1)
     for i in range(len(knots)):
         curve[i] *= 1 + change * share[i] / total
         if i:
             curve[i] = max(curve[i], curve[i - 1])
-    return start * (1 + change * start / (start + total)), start + total
+    return start * (1 + change * start / (start + total))
+
+
+@helper
+def _note(error, predicted, measured, memory):  # type: ignore[no-untyped-def]
+    if predicted > 0 and measured > 0:
+        error[1] += 1
+        error[0] += max(memory, 1 / error[1]) * (abs(predicted / measured - 1) - error[0])
+
+
+@entry("void(float64[::1], float64, float64, float64)")
+def note(error, predicted, measured, memory):  # type: ignore[no-untyped-def]
+    """Bring an `error`, as in `observe`, up to date; a prediction of nothing, or of what took no time, is none."""
+    _note(error, predicted, measured, memory)
 
 
 @helper
@@ -118,46 +133,54 @@ def finish(  # type: ignore[no-untyped-def]
 
 @helper
 def _prepare(tokens, resident, knots, cpu_curve, gpu_curve):  # type: ignore[no-untyped-def]
-    count = len(tokens)
+    """Times of each expert on both processors; all experts, residents first, each by falling tokens."""
+    count, most = len(tokens), 0
     cpu, gpu, order = np.empty(count), np.empty(count), np.empty(count, np.int64)
     for i in range(count):
         cpu[i], gpu[i] = _cost(knots, cpu_curve, tokens[i]), _cost(knots, gpu_curve, tokens[i])
-        place = i  # insertion: decode has few experts, most of them with as many tokens
-        while place and _before(i, order[place - 1], resident, tokens):
-            order[place] = order[place - 1]
-            place -= 1
-        order[place] = i
+        most = max(most, tokens[i])
+    start = np.zeros(2 * most + 3, np.int64)  # where experts of each rank go, by counting
+    for i in range(count):
+        start[_rank(tokens[i], resident[i], most) + 1] += 1
+    for rank in range(len(start) - 1):
+        start[rank + 1] += start[rank]
+    for i in range(count):
+        rank = _rank(tokens[i], resident[i], most)
+        order[start[rank]] = i
+        start[rank] += 1
     return cpu, gpu, order
 
 
 @helper
-def _before(i, j, resident, tokens):  # type: ignore[no-untyped-def]
-    return tokens[i] > tokens[j] if resident[i] == resident[j] else resident[i]
+def _rank(tokens, resident, most):  # type: ignore[no-untyped-def]
+    return most - tokens + (0 if resident else most + 1)
 
 
 @entry(
-    "Tuple((boolean[::1], boolean[::1], int32[::1], int64[::1], int32[::1], int64, int64, "
-    "int32[::1], int32[::1], int32[::1], float32[::1]))"
-    "(int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], float64[::1], float64[::1], float64[::1], "
-    f"{_RATES})"
+    "UniTuple(int64, 6)(int32[::1], int32[::1], int32[::1], float32[::1], int32[::1], float64[::1], float64[::1], "
+    f"float64[::1], {_RATES}, boolean[:, ::1], int32[:, ::1], int32[::1], float32[::1])"
 )
 def assign(  # type: ignore[no-untyped-def]
-    experts, offsets, tokens, weights, slots, knots, cpu_curve, gpu_curve, upload, slowdown, cpu_start, gpu_start
+    experts, offsets, tokens, weights, slots, knots, cpu_curve, gpu_curve, upload, slowdown, cpu_start, gpu_start,
+    flags, lists, cpu_numbers, cpu_weights
 ):  # fmt: skip
     """Which of a layer's experts the device should compute.
 
     Args:
         experts, offsets, tokens, weights: of `Routes`.
         slots: of each active expert, [A]; negative for those that are not on the device.
+        flags: is filled with the experts that the device should compute, and those that are there, [2, A].
+        lists: is filled with the tokens of each, the indices of those that the device has to fetch, the heaviest
+            first, and the absent experts themselves, [3, A].
+        cpu_numbers, cpu_weights: are filled with the routes of the CPU's part, as by `routing.part`.
 
     Returns:
-        The experts that the device should compute, and those that are there, bool [A]; the tokens of each, [A]; those
-        that the device has to fetch, the heaviest first, [n]; the absent experts themselves; how many of the device's
-        are not absent; pairs of experts that are there, wherever they are computed; the routes of the CPU's part.
+        How many experts the device fetches, are absent, and are the device's others; pairs of experts that are there,
+        wherever they are computed; experts and pairs of the CPU's part.
     """
     rates = (upload, slowdown, cpu_start, gpu_start)
-    counts, there = np.empty(len(slots), np.int32), np.empty(len(slots), np.bool_)
-    missing, absent, pairs = np.empty(len(slots), np.int32), 0, 0
+    there, counts, fetches, missing = flags[1], lists[0], lists[1], lists[2]
+    absent, pairs = 0, 0
     for i in range(len(slots)):
         counts[i], there[i] = offsets[i + 1] - offsets[i], slots[i] >= 0
         if there[i]:
@@ -167,15 +190,16 @@ def assign(  # type: ignore[no-untyped-def]
             absent += 1
     cpu, gpu, order = _prepare(counts, there, knots, cpu_curve, gpu_curve)
     on_device = _split(counts, there, cpu, gpu, order, rates)
-    fetches, fetched, residents = np.empty(absent, np.int64), 0, 0
+    fetched, residents = 0, 0
     for i in order:
         if on_device[i] and there[i]:
             residents += 1
         elif on_device[i]:
             fetches[fetched] = i
             fetched += 1
-    on_cpu = part(experts, offsets, tokens, weights, ~on_device)
-    return on_device, there, counts, fetches[:fetched], missing[:absent], residents, pairs, *on_cpu
+    flags[0] = on_device
+    active, cpu_pairs = part(experts, offsets, tokens, weights, ~on_device, cpu_numbers, cpu_weights)
+    return fetched, absent, residents, pairs, active, cpu_pairs
 
 
 @helper

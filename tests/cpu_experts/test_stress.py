@@ -37,7 +37,8 @@ def executor() -> Iterator[CpuExecutor]:
 _FORK_WHILE_COMPILING = """
 import os, signal, threading
 import numpy as np
-from moebius.kernels.numba import jit, jobs, quantizer, routing
+from moebius.kernels.numba import jit, jobs, quantizer
+from moebius.kernels.routes import build_routes
 signal.alarm(120)
 begun, compile_it = threading.Event(), jit.Entry._compile
 
@@ -46,7 +47,7 @@ def announced(entry):
     return compile_it(entry)
 
 def sorted_experts():
-    return routing.sort_by_expert(np.array([[1, 0]]), np.ones((1, 2), np.float32), 2)[0].tolist()
+    return build_routes(np.array([[1, 0]]), np.ones((1, 2), np.float32), 2).experts.tolist()
 
 jit.Entry._compile = announced
 compiling = threading.Thread(target=lambda: quantizer.quantize_rows.compiled)

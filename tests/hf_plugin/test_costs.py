@@ -19,7 +19,7 @@ from moebius.kernels.routes import build_routes
 from moebius.predictors.costs import CostModel, ExpertCost
 from tests import zoo
 from tests.gpu_cache.fake_device import FakeDevice
-from tests.gpu_cache.layers import make_layers, some
+from tests.gpu_cache.layers import HIDDEN, make_layers, one_token, some
 from tests.hf_plugin import helpers
 
 
@@ -109,7 +109,8 @@ def test_emulated_launches_teach_nothing():
     """The stand-in's speed, by which no GPU would get any work."""
     tier, _ = make_tier()
     before = tier.costs.gpu.curve.copy()
-    tier.observe_launch(np.array([1]), 1e5)
+    launch = tier.cache.layer(0).launch(torch.zeros(1, HIDDEN), one_token(some()), some())
+    tier.observe_launch(Ran(0, launch.completion, some(0), some(1)), 1e5)
     assert (tier.costs.gpu.curve == before).all()
 
 

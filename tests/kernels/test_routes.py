@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebius.kernels.routes import Routes, build_routes, select
+from moebius.kernels.routes import Routes, build_routes, select, sort_routes
 
 
 @st.composite
@@ -88,3 +89,29 @@ def test_weights_of_other_types_and_strided_views_are_accepted() -> None:
     """Bug: a transposed or a float64 weight matrix is read as if it were contiguous float32."""
     ids, weights = np.array([[0, 1], [1, 2]]).T, np.array([[0.5, 0.25], [1.0, 2.0]]).T
     np.testing.assert_equal(_flatten(build_routes(ids, weights, 3)), _expected(ids, weights, 3))
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("strided", [False, True])
+def test_tensors_are_sorted_as_they_are(ids_dtype: torch.dtype, dtype: torch.dtype, strided: bool) -> None:
+    """Bug: bits of another type, or of another row, taken for weights and ids."""
+    ids = torch.tensor([[3, 0, 1], [0, 2, 3]]).to(ids_dtype)
+    weights = torch.tensor([[0.1, -2.0, 0.0], [3e-6, 70.0, -0.0]]).to(dtype)
+    expected = _expected(ids.numpy(), weights.float().numpy(), 3)
+    if strided:
+        ids, weights = ids.T.contiguous().T, weights.T.contiguous().T
+    assert _flatten(sort_routes(ids, weights, 3)) == expected
+
+
+def test_tensors_that_cannot_be_sorted_raise() -> None:
+    """Bug: an address of a device, or bits of a float, read as ids."""
+    ids, weights = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2)
+    with pytest.raises(ValueError, match="must be in host memory"):
+        sort_routes(ids.to("meta"), weights, 2)
+    with pytest.raises(TypeError, match="must be integers"):
+        sort_routes(weights, weights, 2)
+    with pytest.raises(ValueError, match="from 0 to 5 were routed"):
+        sort_routes(ids + torch.tensor([0, 5]), weights, 2)
+    with pytest.raises(ValueError, match="same shape"):
+        sort_routes(ids, weights[:, :1], 2)

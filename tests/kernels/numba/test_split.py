@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebius.kernels.numba.split import assign, costs, finish, observe
-from moebius.kernels.routes import Routes, select
+from moebius.kernels.routes import Routes, room, routes_in, select
 
 KNOTS = np.array([1.0, 8.0, 64.0, 512.0])
 
@@ -57,7 +57,9 @@ def split(tokens, resident, *costs):
     offsets, slots = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32), resident.astype(np.int32) - 1
     pairs = np.arange(tokens.sum(), dtype=np.int32)
     routes = Routes(np.arange(len(tokens), dtype=np.int32), offsets, pairs, pairs.astype(np.float32))
-    on_device, there, counted, fetches, absent, residents, hits, *on_cpu = assign(*routes, slots, *costs)
+    flags, lists, mine = np.empty((2, len(tokens)), bool), np.empty((3, len(tokens)), np.int32), room(len(pairs))
+    fetched, missing, residents, hits, *on_cpu = assign(*routes, slots, *costs, flags, lists, *mine)
+    (on_device, there), counted, fetches, absent = flags, lists[0], lists[1, :fetched], lists[2, :missing]
     assert (counted == tokens).all()
     assert (there == resident).all()
     assert sorted(fetches) == np.flatnonzero(on_device & ~resident).tolist()
@@ -65,7 +67,9 @@ def split(tokens, resident, *costs):
     assert residents == (on_device & resident).sum()
     assert absent.tolist() == np.flatnonzero(~resident).tolist()
     assert hits == tokens[resident].sum()
-    assert all((mine == part).all() for mine, part in zip(on_cpu, select(routes, ~on_device), strict=True))
+    assert all(
+        (mine == part).all() for mine, part in zip(routes_in(*mine, *on_cpu), select(routes, ~on_device), strict=True)
+    )
     return on_device
 
 
@@ -152,7 +156,7 @@ def test_observations_move_the_knots_that_spoke() -> None:
     """Decode, observed thousands of times, must not overwrite what is known of prompts."""
     curve = np.array([10.0, 20.0, 100.0, 800.0])
     for _ in range(300):
-        observe(np.array([1, 1], np.int32), 12.0, 0.05, 0.0, KNOTS, curve)
+        observe(np.array([1, 1], np.int32), 12.0, 0.05, 0.0, KNOTS, curve, np.zeros(2))
     assert curve == pytest.approx([6.0, 20.0, 100.0, 800.0], rel=1e-3)
-    observe(np.array([1], np.int32), 60.0, 1.0, 0.0, KNOTS, curve)
+    observe(np.array([1], np.int32), 60.0, 1.0, 0.0, KNOTS, curve, np.zeros(2))
     assert (np.diff(curve) >= 0).all()
