@@ -49,7 +49,7 @@ def methods(config: Mapping[str, Any]) -> list[Method]:
     """
     match str(getattr(name := config.get("quant_method"), "value", name)):
         case "fp8":
-            size = config.get("weight_block_size")
+            size = _block_size(config.get("weight_block_size"))
             return [Method("weight", ("weight", "weight_scale_inv"), lambda tensors: _fp8(tensors, size))]
         case "mxfp4":
             return [
@@ -87,13 +87,24 @@ def _scales(scales: torch.Tensor) -> tuple[torch.Tensor, str]:
     return scales, _SCALE_NAMES[scales.dtype]
 
 
+def _block_size(size: Any) -> Any:
+    """Rows and columns of a block, as configured; None: not said."""
+    if size is None or (
+        isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    ):
+        return size
+    raise ValueError(f"the configuration has blocks of {size!r}, which are not rows and columns")
+
+
 def _block(name: str, size: int, count: int, configured: int | None) -> int:
     """How many of `size` rows or columns share each of `count` scales; 0: all."""
-    if configured is not None and -(-size // configured) == count:
+    if configured is not None:
+        if -(-size // configured) != count:
+            raise ValueError(f"{count} scales along {size} {name}, where the configuration has blocks of {configured}")
         return configured
     if count == 1:
         return 0
-    if size % count:
+    if not count or size % count:
         raise ValueError(f"{count} scales along {size} {name} belong to no whole blocks")
     return size // count
 
@@ -159,8 +170,14 @@ def _int4(
     """From codes as records have them, and [n, blocks] each; `order` is each column's block, where that is stored."""
     scales, scale = _scales(scales)
     together = _block("columns", columns, scales.shape[1], size)
+    if zeros is not None and zeros.shape != scales.shape:
+        raise ValueError(f"zero points {list(zeros.shape)} do not belong to scales {list(scales.shape)}")
     matrix = CodedMatrix(Coding("int4", 1, together, scale, zeros is not None), columns, codes, scales, zeros)
-    if order is None or order.is_meta or together == 0:
+    if order is None or order.is_meta:
+        return matrix
+    if order.shape != (columns,) or not ((order >= 0) & (order < scales.shape[1])).all():
+        raise ValueError(f"g_idx {list(order.shape)} does not give each of {columns} columns one of their groups")
+    if together == 0:
         return matrix
     plain = torch.equal(order.long(), torch.arange(len(order), device=order.device) // together)
     return matrix if plain else replace(matrix, order=order.long())
@@ -174,7 +191,7 @@ def _group_size(config: Mapping[str, Any]) -> int | None:
 
 def _gptq_method(config: Mapping[str, Any]) -> Method:
     if config.get("bits") != 4:
-        raise ValueError(f"the checkpoint has GPTQ weights of {config.get('bits')} bits; 4 are supported")
+        raise ValueError(f"the checkpoint has GPTQ weights of {config.get('bits')!r} bits; 4 are supported")
     above = 0 if config.get("checkpoint_format") == "gptq_v2" else 1  # what zero points are stored less
     ordered = bool(config.get("desc_act")) and config.get("group_size") != -1
 
@@ -192,8 +209,9 @@ def _gptq_method(config: Mapping[str, Any]) -> Method:
 
 
 def _awq_method(config: Mapping[str, Any]) -> Method:
-    if config.get("bits", config.get("w_bit")) != 4 or str(config.get("version", "gemm")).lower() != "gemm":
-        raise ValueError(f"the checkpoint has AWQ weights in {config.get('version')}; 4 bits in gemm are supported")
+    bits, version = config.get("bits", config.get("w_bit")), config.get("version", "gemm")
+    if bits != 4 or str(version).lower() != "gemm":
+        raise ValueError(f"the checkpoint has AWQ weights of {bits!r} bits in {version}; 4 in gemm are supported")
 
     def in_order(packed: torch.Tensor) -> torch.Tensor:  # [rows, outputs]
         return _unpacked(packed, 4, 1).unflatten(1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(1)
@@ -206,8 +224,10 @@ def _awq_method(config: Mapping[str, Any]) -> Method:
 
 
 def _compressed_method(config: Mapping[str, Any]) -> Method:
-    groups = list(config.get("config_groups", {}).values())
-    weights = [group.get("weights") or {} for group in groups]
+    try:
+        weights = [group.get("weights") or {} for group in config.get("config_groups", {}).values()]
+    except AttributeError as error:
+        raise ValueError(f"the checkpoint's config_groups are not groups of weights ({error})") from error
     kinds = {(w.get("type"), w.get("num_bits"), bool(w.get("symmetric", True))) for w in weights}
     ordered = any(w.get("actorder") in ("group", True) for w in weights)
     known = {("int", 4, True), ("int", 4, False), ("int", 8, True), ("float", 8, True)}
@@ -218,7 +238,7 @@ def _compressed_method(config: Mapping[str, Any]) -> Method:
             "symmetric int8 and float8"
         )
     bits = int(weights[0]["num_bits"])
-    block = weights[0].get("block_structure")
+    block = _block_size(weights[0].get("block_structure"))
 
     def read(tensors: Tensors) -> CodedMatrix:
         scales = tensors["weight_scale"]
@@ -227,6 +247,8 @@ def _compressed_method(config: Mapping[str, Any]) -> Method:
         packed = _words(tensors["weight_packed"]).view(torch.uint8)
         rows, columns = len(packed), packed.shape[1] * 8 // bits
         if (shape := tensors.get("weight_shape")) is not None and not shape.is_meta:
+            if shape.shape != (2,):
+                raise ValueError(f"weight_shape has {shape.numel()} numbers")
             rows, columns = int(shape[0]), int(shape[1])
         if bits == 8:
             return _of_bytes("int8", packed[:rows, :columns] ^ 128, scales, block)

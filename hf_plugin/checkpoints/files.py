@@ -34,9 +34,12 @@ def check_index(folder: Path, variant: str | None) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     """The shard of each tensor."""
     try:
-        shards = json.loads(path.read_text()).get("weight_map")
+        index = json.loads(path.read_text())
+        shards = index.get("weight_map")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no index of a checkpoint ({error}): {_REMEDY}") from error
+    if "metadata" not in index:
+        raise ValueError(f"{path} has no metadata: {_REMEDY}")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError(f"{path} has no weight_map of tensors to files: {_REMEDY}")
     for shard in sorted(set(shards.values())):

@@ -68,10 +68,15 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
     chosen = quantization_config
     chosen.quantized, kwargs["config"] = _without_quantization(config)
     if chosen.quantized is not None:
-        methods(chosen.quantized)  # raises where there is none
+        try:
+            methods(chosen.quantized)
+        except ValueError as error:
+            raise ValueError(f"{folder}, by its configuration: {error}") from error
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = getattr(config, "dtype", None) or torch.bfloat16
-    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], AutoModelForCausalLM)
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        kind = AutoModelForCausalLM
     try:
         with _old_objects_left_alone(), _nothing_read_ahead():
             result: Any = kind.from_pretrained(
@@ -79,10 +84,9 @@ def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -
             )
     except BaseException as error:
         chosen.abandon()
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
-        if unknown is None or unknown[1] not in kwargs:
+        if (explained := _explained(error, folder, kwargs)) is None:
             raise
-        raise unknown_option(unknown[1], ", which from_pretrained of transformers does not know either") from error
+        raise explained from error
     return result
 
 
@@ -114,6 +118,19 @@ def _nothing_read_ahead() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _explained(error: BaseException, folder: Path, kwargs: Mapping[str, Any]) -> Exception | None:
+    """What to say in the place of two errors of transformers, which name neither file nor remedy."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if type(error) is TypeError and unknown is not None and unknown[1] in kwargs:
+        return unknown_option(unknown[1], ", which from_pretrained of transformers does not know either")
+    if type(error) is RuntimeError and "ignore_mismatched_sizes" in str(error):
+        return ValueError(
+            f"weights in {folder} have other shapes than its config.json asks for, as reported above: they do not "
+            "belong together, or are damaged; download or copy the checkpoint again"
+        )
+    return None
 
 
 def _configuration(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

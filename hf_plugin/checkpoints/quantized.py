@@ -186,7 +186,7 @@ class QuantizedCheckpoint:
                 f"the checkpoint has {where}, but no {key.removesuffix(end)}{error.args[0]} beside it: it is "
                 f"incomplete or damaged; {_REMEDY}"
             ) from None
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
             raise ValueError(f"{where} and what belongs to it cannot be read: {error}; {_REMEDY}") from error
         return matrix
 

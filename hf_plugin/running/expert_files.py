@@ -50,9 +50,18 @@ def conversions(checkpoint_files: Sequence[str]) -> list[list[str]]:
     """Source patterns of the conversions by which the original of a converted checkpoint was loaded.
 
     They are in the metadata of its index, and saving reverses them.
+
+    Raises:
+        ValueError: the index does not have them.
     """
     index = Path(checkpoint_files[0]).parent / SAFE_WEIGHTS_INDEX_NAME
-    return list(json.loads(index.read_text())["metadata"].get(CONVERSIONS, [])) if index.is_file() else []
+    try:
+        return list(json.loads(index.read_text())["metadata"][CONVERSIONS])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} does not say how the original of this converted checkpoint was laid out ({error!r}): download or "
+            "copy it again, or convert the checkpoint again"
+        ) from error
 
 
 def budget(options: Options, layers: Sequence[LayerFacts]) -> int | None:
