@@ -84,7 +84,7 @@ def built_in(code: str, tokens: str, shared: int = LARGE_SHARED) -> DecodeTile |
 def candidates(code: str, tokens: str) -> list[DecodeTile | PrefillTile]:
     """Tiles worth trying, a built-in one first; a kernel takes half a second to compile."""
     if tokens == "decode":
-        return _decode_candidates(DECODE_TILES[code])
+        return _decode_candidates(code)
     first, few = built_in(code, tokens), tokens == "batch"
     pairs, columns = ((16, 32, 64), (64, 128, 256)) if few else ((64, 128), (128, 256))
     others = [PrefillTile(*sizes) for sizes in product(pairs, columns, (128, 256), (4, 8))]
@@ -92,11 +92,12 @@ def candidates(code: str, tokens: str) -> list[DecodeTile | PrefillTile]:
     return [first, *(tile for tile, n in zip(others, sums, strict=True) if tile != first and 16 <= n <= 128)]
 
 
-def _decode_candidates(first: DecodeTile) -> list[DecodeTile | PrefillTile]:
+def _decode_candidates(code: str) -> list[DecodeTile | PrefillTile]:
     """At least a unit for each thread, so that loads are as wide as can be, and few enough for its registers."""
+    first, most = DECODE_TILES[code], 8 if CODES.get(code) == 4 else 16
     up = [(rows, first.units, warps) for rows, warps in product((1, 2, 4), (1, 2, 4))]
     down = [(rows, pairs, first.down_units, warps) for rows, pairs, warps in product((2, 4, 8), (4, 8), (4, 8))]
-    up = [(rows, units, warps) for rows, units, warps in up if 1 <= units // (32 * warps) <= 16 // rows]
-    down = [(r, p, units, warps) for r, p, units, warps in down if 1 <= p * units // (32 * warps) <= 16 // r]
+    up = [(rows, units, warps) for rows, units, warps in up if 1 <= units // (32 * warps) <= most // rows]
+    down = [(r, p, units, warps) for r, p, units, warps in down if 1 <= p * units // (32 * warps) <= most // r]
     others = [DecodeTile(*one, *other) for one, other in product(up, down)]
     return [first, *(tile for tile in others if tile != first)]

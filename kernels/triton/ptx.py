@@ -26,9 +26,20 @@ def _placing(prepare: str, byte: int, constant: int) -> Any:
     return tl.constexpr(f"{{ .reg .b32 t; {prepare} {moves} }}")
 
 
+def _halving(moves: str, mask: int, sign: str = "") -> Any:
+    """Makes fp16 of four small floats, two at once: exponents and mantissas move, signs stay or move, the rest goes."""
+    two = f"{moves} and.b32 t, t, {mask:#x}; {sign} and.b32 a, a, 0x80008000;"
+    pairs = ((0, 0x1404), (1, 0x3424))  # the bytes go to the upper halves of 16 bits
+    steps = [f"prmt.b32 a, $2, 0, {chosen:#x}; {two} or.b32 ${output}, a, t;" for output, chosen in pairs]
+    return tl.constexpr(f"{{ .reg .b32 a, t; {' '.join(steps)} }}")
+
+
 PLACE_BYTE = _placing("xor.b32 t, $4, 0x80808080;", 0, 0x4B000000)
 PLACE_LOW = _placing("shl.b32 t, $4, 3; and.b32 t, t, 0x78787878;", 2, 0x3F000000)
 PLACE_HIGH = _placing("shr.b32 t, $4, 1; and.b32 t, t, 0x78787878;", 2, 0x3F000000)
+HALVE_E4M3 = _halving("shr.b32 t, a, 1;", 0x3F803F80)
+HALVE_LOW = _halving("shl.b32 t, a, 1;", 0x0E000E00, "shl.b32 a, a, 4;")
+HALVE_HIGH = _halving("shr.b32 t, a, 3;", 0x0E000E00)
 
 
 @triton.jit
@@ -49,6 +60,33 @@ def spread_nibble(codes, HIGH: tl.constexpr):
     else:
         bits = ((codes >> 1 if HIGH else codes << 3) & 0x78).to(tl.int32) << 16 | 0x3F000000
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halve_byte(codes):
+    """e4m3 codes as fp32: the number / 256."""
+    if COMPILED and tl.target_info.is_cuda():
+        bits = _halved(codes, HALVE_E4M3)
+    else:
+        wide = codes.to(tl.int32)
+        bits = ((wide & 127) << 7 | (wide & 128) << 8).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def halve_nibble(codes, HIGH: tl.constexpr):
+    """e2m1 codes, the low or high half of bytes, as fp32: the number / 16384."""
+    if COMPILED and tl.target_info.is_cuda():
+        bits = _halved(codes, HALVE_HIGH if HIGH else HALVE_LOW)
+    else:
+        wide = (codes >> 4 if HIGH else codes).to(tl.int32)
+        bits = ((wide & 7) << 9 | (wide & 8) << 12).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _halved(codes, HALVE: tl.constexpr):
+    return tl.inline_asm_elementwise(HALVE, "=r,=r,r", [codes], dtype=tl.int16, is_pure=True, pack=4)
 
 
 @triton.jit

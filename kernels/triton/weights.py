@@ -19,7 +19,7 @@ import triton.language as tl
 
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import GROUP, SCALES
-from moebius.kernels.triton.ptx import spread_byte, spread_nibble
+from moebius.kernels.triton.ptx import halve_byte, halve_nibble, spread_byte, spread_nibble
 
 GROUP_SIZE: tl.constexpr = tl.constexpr(GROUP)
 HALF: tl.constexpr = tl.constexpr(GROUP // 2)
@@ -194,11 +194,9 @@ def _value(codes, CODE: tl.constexpr, HIGH: tl.constexpr):
     elif CODE == INT4:
         return spread_nibble(codes, HIGH)
     elif CODE == E4M3:
-        wide = codes.to(tl.int32)
-        return ((wide & 127) << 7 | (wide & 128) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return halve_byte(codes)
     else:
-        wide = (codes >> 4 if HIGH else codes).to(tl.int32)
-        return ((wide & 7) << 9 | (wide & 8) << 12).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return halve_nibble(codes, HIGH)
 
 
 @triton.jit

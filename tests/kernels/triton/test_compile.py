@@ -117,7 +117,7 @@ def large_case(format: str, tokens: int) -> Any:
     return make_case(np.zeros((tokens, 1), np.int64), 2048, 768, 1, biased=False, format=format, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "fp8", "mxfp4"])
 @pytest.mark.parametrize("target", ["ampere", "ada", "hopper"])
 def test_decode_reads_as_a_memory_wants_to_be_read(launches, monkeypatch, tmp_path, target, format):
     """Narrow loads, values that spill, inputs that threads exchange, or codes converted at 16 a cycle."""
