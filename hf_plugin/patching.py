@@ -20,11 +20,12 @@ from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites
 from moebius.hf_plugin.options import Options, parse_memory, unknown_option
 from moebius.hf_plugin.profile import read_profile
 from moebius.hf_plugin.running import file_check, linears, memory_guard
+from moebius.hf_plugin.running.defaults import resolve_device
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import ATTRIBUTE, PatchedLayer
 from moebius.hf_plugin.running.memory_guard import GuardedForward
 from moebius.hf_plugin.running.reserve import reserve_for
-from moebius.hf_plugin.running.runtime import ModelRuntime, resolve_device
+from moebius.hf_plugin.running.runtime import ModelRuntime
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.numba.isa import check_choice

@@ -26,8 +26,8 @@ from moebius.cpu_experts.record_file import RecordFile
 from moebius.hf_plugin.checkpoints.folders import aside
 from moebius.hf_plugin.checkpoints.loading import from_pretrained, load
 from moebius.hf_plugin.checkpoints.quantizer import MoebiusConfig
+from moebius.hf_plugin.running.defaults import default_threads
 from moebius.hf_plugin.running.expert_files import CONVERSIONS, EXPERTS, GUARD, REST
-from moebius.hf_plugin.running.runtime import default_threads
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".partial")
 

@@ -36,9 +36,9 @@ from moebius.hf_plugin.discovery.sites import ExpertsSite, find_sites, probe_ids
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.patching import check_budget, format_name, make_options, start
 from moebius.hf_plugin.running import expert_files
+from moebius.hf_plugin.running.defaults import default_threads
 from moebius.hf_plugin.running.held import HeldWeights
 from moebius.hf_plugin.running.layer import PatchedLayer
-from moebius.hf_plugin.running.runtime import default_threads
 
 METHOD = "moebius"
 _TO_BE_INFERRED = ("auto", "balanced", "balanced_low_0", "sequential")  # what transformers makes a device_map of

@@ -7,6 +7,7 @@ first. Where a step needs more experts than there are slots, it goes in rounds.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from time import perf_counter
@@ -21,7 +22,11 @@ from moebius.cpu_experts.store import ExpertStore, allocate
 from moebius.gpu_cache.cache import CachedLayer, ExpertCache
 from moebius.gpu_cache.device import Completion, Device, Launch, Transfer
 from moebius.gpu_cache.worker import Job, Signal, Worker
+from moebius.hf_plugin.options import Options
+from moebius.hf_plugin.running import expert_files
 from moebius.kernels.routes import Routes, select
+
+logger = logging.getLogger(__name__)
 
 READERS = 2  # threads that read what a step waits for; one more reads ahead, so that no step stands behind guesses
 _MEMORY = 0.05  # weight of a new observation: about the last 20 reads count
@@ -77,6 +82,26 @@ class HostDevice(Device):
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
+
+
+def open_host(
+    options: Options, file: RecordFile | None, stores: Sequence[ExpertStore], executor: CpuExecutor
+) -> HostTier | None:
+    """Memory as a cache of the file that has the experts, if any, where it does not hold all of them."""
+    if file is None:
+        return None
+    layers = list(file.layers.values())
+    size = expert_files.budget(options, layers)
+    if size is None or options.device != "cpu":  # records are used, or uploaded, where they are mapped
+        file.verify(executor.threads)
+    if size is None:
+        return None
+    if options.cpu_memory == "auto":
+        logger.warning(
+            "host memory has room for %.2f of %.2f GiB of experts, so the others are read from %s whenever they are "
+            "needed; a smaller expert_format may fit", size / 2**30, sum(f.nbytes for f in layers) / 2**30, file.path,
+        )  # fmt: skip
+    return HostTier(file, stores, size, options.cache_policy, executor)
 
 
 class HostTier:

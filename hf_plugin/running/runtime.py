@@ -12,22 +12,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, ref
 
-import psutil
 import torch
 
 from moebius.cpu_experts.executor import CpuExecutor
 from moebius.cpu_experts.record_file import RecordFile
 from moebius.cpu_experts.store import ExpertStore
 from moebius.gpu_cache.cache import ExpertCache
-from moebius.gpu_cache.device import default_device, out_of_memory
+from moebius.gpu_cache.device import out_of_memory
 from moebius.hf_plugin.options import Options
 from moebius.hf_plugin.profile import Profile, read_profile
-from moebius.hf_plugin.running import expert_files
+from moebius.hf_plugin.running.defaults import default_threads
 from moebius.hf_plugin.running.dispatcher import Tier, run_layer
-from moebius.hf_plugin.running.host_tier import HostTier
+from moebius.hf_plugin.running.host_tier import HostTier, open_host
 from moebius.hf_plugin.running.lookahead import Lookahead
 from moebius.hf_plugin.running.reserve import Reserve
-from moebius.hf_plugin.running.snapshot import snapshot, torch_code
+from moebius.hf_plugin.running.snapshot import learned, snapshot, torch_code
 from moebius.hf_plugin.running.tiers import budget, distinct, fitting, open_tiers, shrink
 from moebius.hf_plugin.running.timeline import Timeline
 from moebius.hf_plugin.stats import LayerStats, Stats
@@ -76,7 +75,9 @@ class ModelRuntime:
         threads = self.options.cpu_threads or default_threads()
         self.executor = CpuExecutor(threads, beside_torch=self.options.device == "cpu")
         self.tiers: dict[int, Tier] = {}  # of each layer; layers on one device share one
-        self.host: HostTier | None = self._open_host()
+        self.host: HostTier | None = open_host(self.options, self.file, self.stores, self.executor)
+        if self.host is not None and self.profile is not None:
+            self.host.cache.start_from(self.profile.uses)
         self.recorder: Recorder | None = None
         self.timeline: Timeline | None = None
         self.moved = False  # whether patching moved the rest of the model to the device
@@ -95,27 +96,6 @@ class ModelRuntime:
         return Lookahead(PREDICTORS[self.options.predictor], experts, gates, self.host, habits)
 
     # ---- lifetime
-
-    def _open_host(self) -> HostTier | None:
-        """Memory as a cache of the file, where it does not hold all experts."""
-        if self.file is None:
-            return None
-        layers = list(self.file.layers.values())
-        size = expert_files.budget(self.options, layers)
-        if size is None or self.options.device != "cpu":  # records are used, or uploaded, where they are mapped
-            self.file.verify(self.executor.threads)
-        if size is None:
-            return None
-        if self.options.cpu_memory == "auto":
-            logger.warning(
-                "host memory has room for %.2f of %.2f GiB of experts, so the others are read from %s whenever they "
-                "are needed; a smaller expert_format may fit", size / 2**30, sum(f.nbytes for f in layers) / 2**30,
-                self.file.path,
-            )  # fmt: skip
-        host = HostTier(self.file, self.stores, size, self.options.cache_policy, self.executor)
-        if self.profile is not None:
-            host.cache.start_from(self.profile.uses)
-        return host
 
     def open(self) -> None:
         """Open the caches, if this model has any, and measure what experts cost here.
@@ -273,18 +253,7 @@ class ModelRuntime:
             ValueError: there is no cache, or its policy keeps no statistics.
         """
         with self.lock:
-            caches = {index: tier.cache for index, tier in self.tiers.items()}
-            if self.host is not None:
-                caches = dict.fromkeys(range(len(self.stores)), self.host.cache) | caches
-            if len(caches) < len(self.stores):
-                raise ValueError(
-                    "a model without a cache learns nothing of its routing; patch it with a device that has one, or "
-                    "record a profile with moebius trace --profile"
-                )
-            uses = [caches[index].use(index).astype("float32") for index in range(len(self.stores))]
-            forecaster = None if self.lookahead is None else self.lookahead.forecaster
-            habits = [] if forecaster is None else [forecaster.habits(index) for index in range(len(self.stores))]
-            return Profile(uses, habits)
+            return learned(self)
 
     # ---- statistics
 
@@ -332,14 +301,3 @@ if hasattr(os, "register_at_fork"):
 def _gate_of(layers: list[ref[PatchedLayer]], index: int) -> Gate | None:
     layer = layers[index]()
     return None if layer is None else layer.gate()
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
-
-
-def resolve_device(name: str) -> str:
-    """The device that "auto" means here; others are returned as they are."""
-    return default_device() if name == "auto" else name

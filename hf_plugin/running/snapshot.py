@@ -1,4 +1,4 @@
-"""What the counters of a patched model say: `stats`, and what its user should know beside them."""
+"""What the counters of a patched model say: `stats`, what its user should know beside them, and what it learned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from moebius.hf_plugin.profile import Profile
 from moebius.hf_plugin.running.dispatcher import Tier
 from moebius.hf_plugin.running.tiers import distinct
 from moebius.hf_plugin.stats import CacheStats, LayerStats, Stats
@@ -26,6 +27,25 @@ def snapshot(runtime: ModelRuntime) -> Stats:
         [_of_cache(tier) for tier in distinct(runtime.tiers)],
         _notes(runtime),
     )
+
+
+def learned(runtime: ModelRuntime) -> Profile:
+    """What was learned of the routing so far.
+
+    Raises:
+        ValueError: there is no cache, or its policy keeps no statistics.
+    """
+    layers, caches = range(len(runtime.stores)), {index: tier.cache for index, tier in runtime.tiers.items()}
+    if runtime.host is not None:
+        caches = dict.fromkeys(layers, runtime.host.cache) | caches
+    if len(caches) < len(layers):
+        raise ValueError(
+            "a model without a cache learns nothing of its routing; patch it with a device that has one, or record a "
+            "profile with moebius trace --profile"
+        )
+    forecaster = None if runtime.lookahead is None else runtime.lookahead.forecaster
+    habits = [] if forecaster is None else [forecaster.habits(index) for index in layers]
+    return Profile([caches[index].use(index).astype("float32") for index in layers], habits)
 
 
 def torch_code(runtime: ModelRuntime) -> list[str]:

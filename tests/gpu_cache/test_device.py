@@ -19,7 +19,7 @@ from moebius.gpu_cache.device import default_device, open_device
 from moebius.gpu_cache.driver import Driver
 from moebius.gpu_cache.emulated import EmulatedDevice
 from moebius.gpu_cache.worker import Job, Worker
-from moebius.hf_plugin.running.runtime import resolve_device
+from moebius.hf_plugin.running.defaults import resolve_device
 
 no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here")
 
