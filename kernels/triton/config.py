@@ -59,6 +59,7 @@ _BATCH, _PROMPT, _SMALL_PROMPT = (16, 128, 128, 4), (128, 256, 128, 8), (64, 128
 _PREFILL_TILES = [PrefillTile(*sizes) for sizes in (_BATCH, _PROMPT, _SMALL_PROMPT)]
 if INTERPRETED:
     _PREFILL_TILES = [PrefillTile(128, 512, 1024, 4)] * 3
+FP32_TILE = _PREFILL_TILES[0]  # products on ordinary cores keep operands in registers, and spill with any larger one
 LARGE_SHARED = 200 << 10  # bytes that a block may use on the former cards
 
 

@@ -11,9 +11,9 @@ import torch
 from moebius.kernels.experts import ExpertSpec, RecordLayout
 from moebius.kernels.routes import Routes
 from moebius.kernels.triton.choice import tile_for
-from moebius.kernels.triton.config import INTERPRETED, DecodeTile
+from moebius.kernels.triton.config import FP32_TILE, INTERPRETED, DecodeTile, PrefillTile
 from moebius.kernels.triton.decode import decode
-from moebius.kernels.triton.prefill import prefill
+from moebius.kernels.triton.prefill import prefill, product_type
 from moebius.kernels.triton.tables import Send, pair_table, sender, tile_table
 
 # The interpreter keeps the running program's index in a global.
@@ -46,6 +46,8 @@ def moe_forward(
     if not pairs.pairs:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     tile = tile_for(spec, layout, tokens, x.device)
+    if isinstance(tile, PrefillTile) and product_type(layout, x.dtype) == torch.float32:
+        tile = FP32_TILE
     with _one_at_a_time:
         if isinstance(tile, DecodeTile):
             return decode(spec, layout, pool, x, pairs, tile)

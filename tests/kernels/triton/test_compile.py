@@ -161,6 +161,17 @@ def test_prefill_uses_tensor_cores_and_loads_ahead(launches, monkeypatch, tmp_pa
         assert kernel.metadata.shared <= shared
 
 
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("target", ["ada", "hopper"])
+def test_exact_products_do_not_spill(launches, monkeypatch, tmp_path, target, format):
+    """Inputs in fp32, which tensor cores would round: kilobytes of a thread's sums in memory."""
+    compile_for(monkeypatch, TARGETS[target][0])
+    case = large_case(format, 300)
+    case = case._replace(x=case.x.float())
+    experts.moe_forward(case.spec, case.layout, case.pool, case.x, case.routes, case.slots)
+    assert [spilled_bytes(kernel, tmp_path) for _, kernel in launches] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("tokens", [1, DECODE_TOKENS + 1], ids=["decode", "batch"])
 @pytest.mark.parametrize("format", ["bf16", "int4"])
 def test_tiles_that_tuning_tries_compile(launches, monkeypatch, format, tokens):
