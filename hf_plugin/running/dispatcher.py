@@ -180,7 +180,8 @@ def _on_cpu_meanwhile(
         tokens = np.concatenate([tokens, wanted.tokens[left]])
         took += _on_cpu(runtime, layer, step.host_x, part, out)
     if took:
-        tier.observe_cpu(tokens, took * 1e6, int(np.count_nonzero(share.fetched)))
+        fetched = int(np.count_nonzero(share.fetched)) if len(wanted.fetches) else 0
+        tier.observe_cpu(tokens, took * 1e6, fetched)
     return out
 
 

@@ -82,7 +82,7 @@ class Lookahead:
         self._last, self._issued = layer, 0.0
         if not self._looking:
             return None
-        routing = self._route(layer, x) if len(x) <= MAX_TOKENS else None
+        routing = self._route(layer, x) if x.shape[0] <= MAX_TOKENS else None
         if routing is None:
             return Question((), perf_counter() - begun)
         asked = (routing.ids,) if routing.scores is None else (routing.ids, routing.scores)
