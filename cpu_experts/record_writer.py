@@ -136,7 +136,9 @@ class RecordWriter:
             remedy = f"the file needs {size}: free space, or choose a folder on another disk"
         else:
             remedy = f"a folder that can be written and has {size} free is needed"
-        return OSError(error.errno, f"cannot write {self.path} ({error.strerror}); {remedy}")
+        return OSError(
+            error.errno, f"cannot write {self.path} ({error.strerror}); {remedy} (MOEBIUS_CACHE_DIR: of cached files)"
+        )
 
 
 def _abandon(fd: int, partial: str) -> None:

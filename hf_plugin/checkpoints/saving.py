@@ -94,10 +94,19 @@ class Saver:
         plan = None if state_dict is not None else Plan(model, max_shard_size, variant, save_original_format)
         if plan is not None:
             plan.check_space(Path(save_directory))
-        with replacing_weights(Path(save_directory), variant) as folder:
-            stock(folder, state_dict=state_dict or {})
-            if plan is not None:
-                plan.write(folder)
+        try:
+            with replacing_weights(Path(save_directory), variant) as folder:
+                stock(folder, state_dict=state_dict or {})
+                if plan is not None:
+                    plan.write(folder)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(
+                error.errno,
+                f"cannot save the model in {save_directory}: {error.strerror}; free space there, or choose a folder "
+                "that can be written",
+            ) from error
         return None
 
     def _alive(self) -> PreTrainedModel:
