@@ -17,6 +17,7 @@ from moebius.hf_plugin.discovery.sites import ExpertsSite
 from moebius.kernels.experts import RecordLayout
 from moebius.kernels.formats import FLOATS
 from moebius.kernels.packing import CodedMatrix, pack
+from moebius.kernels.packing import copy as copy_weight
 
 _HOST = torch.device("cpu")
 # What a parameter holds must never come from inference mode, out of which torch refuses to use it
@@ -160,7 +161,7 @@ class HeldWeights:
         for expert in range(self.num_experts) if only is None else only:  # one by one: quantised ones unpack to fp32
             weights = self.store.weights(expert)
             for part, view in views.items():
-                view[expert].copy_(getattr(weights, part))
+                copy_weight(view[expert], getattr(weights, part))
         for name, rows in self.surplus.items():
             result[name][-len(rows) :] = rows
         return result

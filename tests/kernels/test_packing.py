@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moebius.kernels.experts import RECORD_ALIGNMENT, ExpertSpec, RecordLayout
 from moebius.kernels.formats import FLOATS, FORMATS, coding
-from moebius.kernels.packing import pack, quantize, unpack, unpack_matrix
+from moebius.kernels.packing import copy, pack, quantize, unpack, unpack_matrix
 
 specs = st.builds(ExpertSpec, st.integers(1, 70), st.integers(1, 70), st.booleans(), st.booleans())
 
@@ -80,3 +80,27 @@ def test_extremes(bits: int) -> None:
     assert torch.equal(restored[0], weight[0])
     assert restored[1, 3] == pytest.approx(1.0, rel=1e-3)
     assert torch.allclose(restored[3], weight[3], rtol=0.01)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)), stride=st.integers(1, 2), transposed=st.booleans(),
+    written=st.booleans(), dtypes=st.permutations([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_copies_of_interleaved_matrices(
+    shape: tuple[int, int], stride: int, transposed: bool, written: bool, dtypes: list[torch.dtype]
+) -> None:
+    """Catches a strip that is left out or lands elsewhere, and a neighbour that is overwritten."""
+    rows, columns = shape
+    whole = torch.zeros((columns, stride * rows) if transposed else (rows, stride * columns), dtype=dtypes[0])
+    view = whole[:, ::stride].T if transposed else whole[:, ::stride]
+    plain = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns).to(dtypes[1])
+    if written:
+        copy(view, plain)
+        assert torch.equal(view.contiguous(), plain.to(dtypes[0]))
+        assert stride == 1 or not whole[:, 1::2].any()
+    else:
+        view.copy_(plain)
+        found = torch.empty_like(plain)
+        copy(found, view)
+        assert torch.equal(found, view.to(dtypes[1]))
