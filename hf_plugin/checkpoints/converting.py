@@ -102,7 +102,12 @@ def _not_converted(folder: str | os.PathLike[str]) -> ValueError:
 
 
 def _local(source: str | os.PathLike[str]) -> Path:
-    return Path(source) if os.path.isdir(source) else Path(snapshot_download(os.fspath(source)))
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(os.fspath(source)))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source} is neither a folder nor a repository that can be downloaded: {error}") from error
 
 
 @contextmanager
@@ -110,8 +115,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes its name when the block ends well, and else leaves nothing."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; give another, or remove it")
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with aside(target.absolute().parent, target.name) as partial:
+    target = target.resolve()  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with aside(target.parent, target.name) as partial:
         yield partial
         partial.chmod(0o755)
         if target.exists():

@@ -57,6 +57,10 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 def load(name_or_path: str, quantization_config: MoebiusConfig, **kwargs: Any) -> PreTrainedModel:
     """As `from_pretrained`, with the options in a `MoebiusConfig`."""
+    if os.path.isfile(name_or_path) or (os.path.isabs(name_or_path) and not os.path.isdir(name_or_path)):
+        raise ValueError(
+            f"{name_or_path} is no folder: give one that has a config.json and weights, or the name of a repository"
+        )
     folder = Path(name_or_path) / kwargs.get("subfolder", "")
     check_index(folder, kwargs.get("variant"))
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -135,10 +139,11 @@ def _explained(error: BaseException, folder: Path, kwargs: Mapping[str, Any]) ->
 
 def _configuration(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """A checkpoint's configuration with the values of those arguments that belong to it, and all other arguments."""
-    if kwargs.get("config") is not None:
+    if isinstance(kwargs.get("config"), PreTrainedConfig):
         return kwargs["config"], dict(kwargs)
     given = {name: value for name, value in kwargs.items() if name not in ("config", "dtype", "torch_dtype")}
-    config, unused = AutoConfig.from_pretrained(name_or_path, return_unused_kwargs=True, **given)
+    where = kwargs.get("config") or name_or_path
+    config, unused = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **given)
     taken = given.keys() - unused.keys() - set(_HUB)
     return config, {name: value for name, value in kwargs.items() if name not in taken}
 

@@ -87,8 +87,8 @@ class Saver:
                 "a patched model cannot be pushed while it is saved: save it, then upload the folder with "
                 "huggingface_hub.upload_folder"
             )
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file; give the folder to save the model in")
+        if os.path.isfile(save_directory) or not os.fspath(save_directory):
+            raise ValueError(f"{str(save_directory)!r} is no folder; give the folder to save the model in")
         if not is_main_process:
             return None
         plan = None if state_dict is not None else Plan(model, max_shard_size, variant, save_original_format)

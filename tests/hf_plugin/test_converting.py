@@ -118,6 +118,18 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "full", "stock"]
 
 
+def test_into_a_folder_by_a_link(tmp_path: Path) -> None:
+    """Bug: all is written, and then the folder cannot take the link's name."""
+    saved("qwen3_moe", tmp_path / "stock")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    converting.convert(tmp_path / "stock", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert converting.check(tmp_path / "folder") > 0
+    with pytest.raises(ValueError, match="nothing is neither a folder nor a repository"):
+        converting.convert(tmp_path / "nothing", tmp_path / "other")
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     """A shard that ends too early, and a checkpoint without some experts."""
     saved("qwen3_moe", tmp_path / "stock")

@@ -116,6 +116,19 @@ def test_what_cannot_be(arguments: dict[str, Any], message: str, folder: Path) -
         moebius.from_pretrained(str(folder), **EMULATED, **arguments)
 
 
+def test_a_configuration_by_its_path(folder: Path) -> None:
+    """Bug: a path is taken for the configuration itself."""
+    model = moebius.from_pretrained(str(folder), config=str(folder), num_experts_per_tok=1, **EMULATED)
+    assert model.config.num_experts_per_tok == 1
+
+
+def test_what_is_no_folder(folder: Path) -> None:
+    """Bug: an error that speaks of the names of repositories, or takes weights for a configuration."""
+    for name in ("nothing", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is no folder: give one that has a config.json"):
+            moebius.from_pretrained(str(folder / name))
+
+
 def test_loaded_in_inference_mode(folder: Path) -> None:
     """Bug: unpatching leaves tensors that only inference mode may use."""
     with torch.inference_mode():

@@ -105,8 +105,9 @@ def test_what_cannot_be_saved_writes_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match="upload_folder"):
             model.save_pretrained(tmp_path / "a", push_to_hub=True)
         (tmp_path / "file").touch()
-        with pytest.raises(ValueError, match="is a file"):
-            model.save_pretrained(tmp_path / "file")
+        for no_folder in (tmp_path / "file", ""):
+            with pytest.raises(ValueError, match="is no folder"):
+                model.save_pretrained(no_folder)
         monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: usage)
         with pytest.raises(OSError, match=r"takes 0\.00 GiB, and 0\.00 GiB are free .*another disk"):
             model.save_pretrained(tmp_path / "a")
