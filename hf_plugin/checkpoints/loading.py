@@ -30,8 +30,8 @@ def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
     On the CPU, experts in bf16, fp16 or fp32 are used in the checkpoint's mapped files where the file system has large
     pages, and else copied; `stats(model).notes` says which, and why. Do not write to files in use: replacing them, as
-    `save_pretrained` and downloads do, is safe; after a change in place the model raises, and a file that is cut short
-    may end the process (SIGBUS).
+    `save_pretrained` and downloads do, is safe; after a change in place the model raises, and only a file that is cut
+    short while a forward runs may end the process (SIGBUS).
 
     Args:
         name_or_path: as in transformers: a folder or the name of a repository.
