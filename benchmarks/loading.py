@@ -266,11 +266,14 @@ def show(rows: list[dict[str, Any]], nbytes: int, write: Callable[[str], None] =
         write(f"{row['variant']:>10} {row['load_s']:8.2f} {rate:7.2f} {cells[0]:>14} {cells[1]:>8} {cells[2]:>9}")
 
 
-def record(module: str, out: Path, folder: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write rows with the command that repeats them, wherever the checkpoint was."""
+def record(
+    module: str, out: Path, folders: dict[str, Path | None], facts: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Write rows with the command that repeats them, in which names stand for the folders of this machine."""
     from moebius.hf_plugin.tools.record import write_record
 
-    arguments = ["FOLDER" if argument == str(folder) else argument for argument in sys.argv[1:]]
+    names = {str(folder): name for name, folder in folders.items()}
+    arguments = [names.get(argument, argument) for argument in sys.argv[1:]]
     write_record(out, ["python", "-m", module, *arguments], facts, rows)
 
 
@@ -302,7 +305,7 @@ def main() -> None:
     show(rows, nbytes)
     if chosen.json:
         facts = {"layout": chosen.layout, "file_bytes": nbytes, "repeats": chosen.repeats}
-        record("benchmarks.loading", chosen.json, chosen.folder, facts, rows)
+        record("benchmarks.loading", chosen.json, {"FOLDER": chosen.folder}, facts, rows)
 
 
 if __name__ == "__main__":

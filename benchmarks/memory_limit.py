@@ -135,7 +135,8 @@ def main() -> None:
     if chosen.json:
         facts = {"layout": chosen.layout, "file_bytes": size_of(chosen.folder), "limit_bytes": limit}
         facts["limit"] = "RLIMIT_DATA" if chosen.cgroup is None else "cgroup"
-        record("benchmarks.memory_limit", chosen.json, chosen.folder, facts, rows)
+        folders = {"FOLDER": chosen.folder, "CGROUP": chosen.cgroup}
+        record("benchmarks.memory_limit", chosen.json, folders, facts, rows)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ _HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code
 def from_pretrained(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model straight into the patched state, with the peak of its stores and one packed tensor.
 
-    On the CPU, experts in bf16, fp16 or fp32 are used in the checkpoint's mapped files where the file system has large
-    pages, and else copied; `stats(model).notes` says which, and why. Do not write to files in use: replacing them, as
-    `save_pretrained` and downloads do, is safe; after a change in place the model raises, and only a file that is cut
-    short while a forward runs may end the process (SIGBUS).
+    On the CPU, experts in bf16, fp16, fp32, or coded in 8 bits (FP8, int8), are used in the checkpoint's mapped files
+    where the file system has large pages, and else copied; `stats(model).notes` says which, and why. Do not write to
+    files in use: replacing them, as `save_pretrained` and downloads do, is safe; after a change in place the model
+    raises, and only a file that is cut short while a forward runs may end the process (SIGBUS).
 
     Args:
         name_or_path: as in transformers: a folder or the name of a repository.

@@ -242,6 +242,7 @@ def test_warmup_tunes_a_named_model_where_there_is_a_gpu(monkeypatch: pytest.Mon
     """Tuning that never happens, happens twice, or for a format that was not asked for; here by a fake timer."""
     from moebius.hf_plugin.cli import warmup
     from moebius.kernels.triton import choice, tuning
+    from moebius.kernels.triton.config import DecodeTile
 
     monkeypatch.setenv("MOEBIUS_CACHE_DIR", str(tmp_path))
     choice.tuned.cache_clear()
@@ -252,7 +253,7 @@ def test_warmup_tunes_a_named_model_where_there_is_a_gpu(monkeypatch: pytest.Mon
     first, second = ([row for row in json.loads(invoke(*arguments).stdout) if "tile" in row] for _ in range(2))
     choice.tuned.cache_clear()
     assert [row["kernels"] for row in first] == [f"int4 gated 128 64 {name}" for name in ("decode", "batch", "prompt")]
-    assert first[0]["tile"].keys() == {"rows", "columns", "warps"}
+    assert tuple(first[0]["tile"]) == DecodeTile._fields
     assert second == []
 
 
