@@ -56,8 +56,8 @@ class HeldWeights:
             RecordLayout.of(site.spec, format),
             site.params.num_experts,
         )
-        # Whether the weights can be given back, bit for bit
-        self.lossless = keep or format == site.coded or FLOATS.get(format) == site.dtype
+        # Whether the weights can be given back, bit for bit; of a loaded module `patch` takes no format that loses any
+        self.lossless = keep or bool(loaded) or format == site.coded or FLOATS.get(format) == site.dtype
         self._store: ExpertStore | None = None
         self._adopted = False  # whether the records are in a file
         self.note = ""  # what a reader of the statistics should know of where they are

@@ -191,7 +191,7 @@ def test_any_operation_may_fail(first: int) -> None:
     model = zoo.build("gpt_oss")  # windows in every other layer
     ids = prompt(model, 2, 24)
     want = greedy(model, ids)
-    numbers, went_on = range(60 + 97 * first, 2400, 391), 0
+    numbers, went_on = range(60 + 97 * first, 2200, 391), 0
     with patched(model, device="emulated", gpu_memory=1.0):
         for number in numbers:
             moebius.resize(model, gpu_memory=1.0)
