@@ -157,7 +157,7 @@ class Layer:
         """||ours - reference|| / ||reference|| in float64, of the first tokens of a call."""
         x, routes = self.step(tokens, 99, CHECKED)
         expected = torch.zeros(x.shape, dtype=torch.float64)
-        weights = [unpack(self.layout, self.pool[int(expert)].cpu()) for expert in routes.experts]
+        weights = [unpack(self.layout, self.layout.stored(self.pool[int(expert)].cpu())) for expert in routes.experts]
         moe_forward(self.spec, weights, x.cpu(), routes, expected)
         found = self.call(*self.step(tokens, 99))()[: len(x)]
         return float((found.cpu().double() - expected).norm() / expected.norm())
